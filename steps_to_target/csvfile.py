@@ -1,0 +1,128 @@
+"""Read AlgoPerf's CSV files, however damaged they are.
+
+AlgoPerf rewrites the whole file on every call and not atomically, so a preempted run can leave an
+empty file, a half-written last line or a truncated header. Nothing here raises on such input: what
+can be read is returned, what cannot is counted.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+TAIL_BYTES = 65_536
+_WHOLE_FILE_BYTES = 131_072
+
+Row = dict[str, float]
+
+
+@dataclass
+class CsvTable:
+    """Rows of numbers (a cell that is empty or no number is absent) and what was wrong.
+
+    Attributes:
+        columns: header of the file.
+        rows: one dict per usable row, in file order.
+        damaged: rows left out because they were half-written or of the wrong length.
+        whole: False when only the end of a long file was read.
+        problem: why nothing could be read; empty when something could.
+    """
+
+    columns: tuple[str, ...] = ()
+    rows: list[Row] = field(default_factory=list)
+    damaged: int = 0
+    whole: bool = True
+    problem: str = ""
+
+
+def number(text: str) -> float | None:
+    """A cell as a number; None for an empty cell or one that is no number; NaN stays NaN."""
+    if not text:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _lines(text: str) -> list[str]:
+    # Only line feeds end a line: str.splitlines would also split at form feeds inside a cell.
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return [line for line in lines if line.strip("\0 \t")]
+
+
+def _parse(lines: Iterable[str]) -> Iterator[list[str]]:
+    # Line by line, so that one unbalanced quote cannot swallow the rest of the file.
+    for line in lines:
+        if '"' not in line:
+            yield line.split(",")
+            continue
+        try:
+            yield next(csv.reader([line]))
+        except (csv.Error, StopIteration):
+            yield []
+
+
+def _is_torn(cells: list[str], earlier: list[list[str]]) -> bool:
+    """Whether the last line, which has no line end, stops in the middle of its last number."""
+    others = [len(row[-1]) for row in earlier if row and row[-1]]
+    return bool(cells[-1]) and bool(others) and len(cells[-1]) < min(others)
+
+
+def read_csv(path: str | os.PathLike[str], *, tail: bool = False) -> CsvTable:
+    """Read a log file.
+
+    Args:
+        path: the file.
+        tail: for a long file read the header and the last ``TAIL_BYTES`` only.
+
+    Returns:
+        The table; ``problem`` is set when the file is missing, empty or cannot be opened.
+    """
+    try:
+        with open(path, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if tail and size > _WHOLE_FILE_BYTES:
+                header = stream.readline(TAIL_BYTES)
+                stream.seek(size - TAIL_BYTES)
+                stream.readline()
+                data, whole = header + stream.read(), False
+            else:
+                data, whole = stream.read(), True
+    except FileNotFoundError:
+        return CsvTable(problem="missing")
+    except OSError as error:
+        return CsvTable(problem=f"cannot be read ({error.strerror or error})")
+    text = data.decode("utf-8-sig", errors="replace")
+    lines = _lines(text)
+    if not lines:
+        return CsvTable(problem="empty")
+    cells = list(_parse(lines))
+    columns = tuple(name.strip() for name in cells[0])
+    table = CsvTable(columns=columns, whole=whole)
+    body = cells[1:]
+    complete = text.endswith(("\n", "\r"))
+    for position, row in enumerate(body):
+        torn = not complete and position == len(body) - 1 and bool(row)
+        if len(row) != len(columns) or (torn and _is_torn(row, body[:-1])):
+            table.damaged += 1
+            continue
+        values = {}
+        for name, cell in zip(columns, row, strict=True):
+            value = number(cell)
+            if value is not None:
+                values[name] = value
+        table.rows.append(values)
+    return table
+
+
+def finite(row: Row, *names: str) -> float | None:
+    """The first of the named cells that holds a finite number."""
+    for name in names:
+        value = row.get(name)
+        if value is not None and math.isfinite(value):
+            return value
+    return None

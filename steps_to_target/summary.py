@@ -1,0 +1,259 @@
+"""Per method and workload: statistics, ratios to a reference, warnings about unlike runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+
+from steps_to_target.differences import comparison_warnings
+from steps_to_target.errors import CompareError
+from steps_to_target.model import Run, Status
+from steps_to_target.paper import PAPER_ROWS, SEEDS, PaperRow, paper_kind
+from steps_to_target.statistics import Ratio, Stat, describe, median_with_misses, ratio_of_means
+
+_SEED_NAMES = {"seed", "rng_seed", "random_seed"}
+_MISS = math.inf
+
+
+@dataclass(frozen=True)
+class Group:
+    """One method on one workload.
+
+    Attributes:
+        repetitions: what mean and standard error are over, in words.
+        steps, seconds: statistics of steps and submission seconds to the validation target.
+        ratio_steps, ratio_seconds: to the reference (None: the reference itself, or not to be had).
+        algoperf_steps, algoperf_seconds: as AlgoPerf scores: fastest trial of each study, median
+            over studies, infinity where no trial of the median study reached.
+        paper: a row of the paper; then ``runs`` is empty.
+        statuses: how many runs ended how.
+    """
+
+    workload: str
+    method: str
+    runs: tuple[Run, ...]
+    repetitions: str
+    steps: Stat
+    seconds: Stat
+    step_values: tuple[float, ...] = ()
+    second_values: tuple[float, ...] = ()
+    ratio_steps: Ratio | None = None
+    ratio_seconds: Ratio | None = None
+    algoperf_steps: float = math.nan
+    algoperf_seconds: float = math.nan
+    is_reference: bool = False
+    paper: bool = False
+    statuses: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def reached(self) -> int:
+        """Runs that reached the validation target."""
+        return sum(run.reached for run in self.runs)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All groups, sorted by workload with the reference first and the paper's rows last."""
+
+    reference: str | None
+    groups: tuple[Group, ...]
+    warnings: tuple[str, ...]
+    paper_notes: tuple[str, ...] = ()
+
+    @property
+    def workloads(self) -> list[str]:
+        """Names of the workloads, in order."""
+        return list(dict.fromkeys(group.workload for group in self.groups))
+
+    def of(self, workload: str) -> list[Group]:
+        """Groups of one workload."""
+        return [group for group in self.groups if group.workload == workload]
+
+
+def _settings(run: Run) -> str:
+    kept = {key: value for key, value in run.hparams.items() if key not in _SEED_NAMES}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+def step_to_target(run: Run) -> float:
+    """Steps at the crossing; infinity for a run that did not reach or counts other steps."""
+    return run.crossing.step if run.crossing and run.steps_comparable else _MISS
+
+
+def seconds_to_target(run: Run) -> float:
+    """Seconds at the crossing; infinity for a run that did not reach or logged no time."""
+    if run.crossing is None or math.isnan(run.crossing.seconds):
+        return _MISS
+    return run.crossing.seconds
+
+
+def by_study(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """Runs of one method and workload by study."""
+    studies: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        studies[run.study].append(run)
+    return dict(studies)
+
+
+def is_tuned(runs: Sequence[Run]) -> bool:
+    """Whether some study tried several hyperparameter settings, so that only its best counts."""
+    return any(len({_settings(run) for run in trials}) > 1 for trials in by_study(runs).values())
+
+
+def repetitions(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs bundled into repetitions: studies if trials were tuned within them, else single runs."""
+    return list(by_study(runs).values()) if is_tuned(runs) else [[run] for run in runs]
+
+
+def representative(bundle: Sequence[Run]) -> Run:
+    """The run that stands for a repetition: the fastest to the target, else the longest."""
+    return min(
+        bundle,
+        key=lambda run: (seconds_to_target(run), step_to_target(run), -len(run.steps)),
+    )
+
+
+def _group(workload: str, method: str, runs: Sequence[Run]) -> Group:
+    bundles = repetitions(runs)
+    steps = [min(map(step_to_target, bundle)) for bundle in bundles]
+    seconds = [min(map(seconds_to_target, bundle)) for bundle in bundles]
+    studies = by_study(runs)
+    if is_tuned(runs):
+        sizes = sorted({len(trials) for trials in studies.values()})
+        trials = "-".join(str(size) for size in dict.fromkeys((sizes[0], sizes[-1])))
+        noun = "study" if len(studies) == 1 else "studies"
+        words = f"{len(studies)} {noun}, fastest of {trials} trials"
+    else:
+        words = f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}"
+    statuses = {str(s): sum(run.status is s for run in runs) for s in Status}
+    return Group(
+        workload=workload,
+        method=method,
+        runs=tuple(runs),
+        repetitions=words,
+        steps=describe(steps),
+        seconds=describe(seconds),
+        step_values=tuple(steps),
+        second_values=tuple(seconds),
+        algoperf_steps=median_with_misses(
+            [min(map(step_to_target, trials)) for trials in studies.values()]
+        ),
+        algoperf_seconds=median_with_misses(
+            [min(map(seconds_to_target, trials)) for trials in studies.values()]
+        ),
+        statuses={name: count for name, count in statuses.items() if count},
+    )
+
+
+def _paper_group(workload: str, row: PaperRow, reference: PaperRow) -> Group:
+    seconds = math.nan if row.hours is None else row.hours * 3600
+    base = None if reference.hours is None else reference.hours * 3600
+    own = row is reference
+    return Group(
+        workload=workload,
+        method=row.label,
+        runs=(),
+        repetitions=f"{SEEDS} seeds",
+        steps=Stat(SEEDS, row.steps, row.steps_stderr, math.nan, SEEDS),
+        seconds=Stat(SEEDS if row.hours else 0, seconds, math.nan, math.nan, SEEDS),
+        ratio_steps=None if own else Ratio(row.steps / reference.steps, None, None),
+        ratio_seconds=None if own or base is None else Ratio(seconds / base, None, None),
+        is_reference=own,
+        paper=True,
+    )
+
+
+def _with_ratios(group: Group, reference: Group | None) -> Group:
+    if reference is None:
+        return group
+    if group.method == reference.method:
+        return replace(group, is_reference=True)
+    return replace(
+        group,
+        ratio_steps=ratio_of_means(group.step_values, reference.step_values),
+        ratio_seconds=ratio_of_means(group.second_values, reference.second_values),
+    )
+
+
+def _paper_note(group: Group) -> str:
+    """Whether the paper's ratio lies within this method's interval."""
+    kind = paper_kind(group.method)
+    rows = PAPER_ROWS.get(group.workload, ())
+    base = next((row for row in rows if row.kind == "reference"), None)
+    row = next((row for row in rows if row.kind == kind), None)
+    if row is None or base is None or group.ratio_steps is None:
+        return ""
+    expected, ratio = row.steps / base.steps, group.ratio_steps
+    text = (
+        f"{group.workload}: {group.method} takes {ratio.value:.3f} of the reference's steps, "
+        f"the paper's K-FAC-{kind} {expected:.3f}"
+    )
+    if ratio.low is None or ratio.high is None:
+        return f"{text} (no interval: fewer than two repetitions on a side)"
+    inside = ratio.low <= expected <= ratio.high
+    side = "inside" if inside else ("below" if ratio.low > expected else "above")
+    return f"{text}, {side} the 95 % interval [{ratio.low:.3f}, {ratio.high:.3f}]"
+
+
+def summarize(runs: Sequence[Run], reference: str | None = None, *, paper: bool = True) -> Summary:
+    """Compare methods.
+
+    Args:
+        runs: from ``load_runs``.
+        reference: name of the method that ratios are taken to; None for no ratios.
+        paper: add the paper's rows on the workloads that the paper has.
+
+    Returns:
+        Groups and warnings.
+
+    Raises:
+        CompareError: no run has that method's name; the message lists the names there are.
+    """
+    methods = sorted({run.method for run in runs})
+    if reference is not None and reference not in methods:
+        close = get_close_matches(reference, methods, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise CompareError(
+            f"no method is called {reference!r}{hint}; these runs have: {', '.join(methods)}"
+        )
+    bundled: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    for run in runs:
+        bundled[run.workload, run.method].append(run)
+    warnings: list[str] = []
+    notes: list[str] = []
+    groups: list[Group] = []
+    for workload in sorted({workload for workload, _ in bundled}):
+        own = [
+            _group(w, method, members) for (w, method), members in bundled.items() if w == workload
+        ]
+        base = next((group for group in own if group.method == reference), None)
+        if reference is not None and base is None:
+            warnings.append(f"{workload}: no run of the reference {reference!r}, so no ratios")
+        elif base is not None and not base.reached:
+            warnings.append(
+                f"{workload}: the reference {reference!r} never reached the target, so no ratios"
+            )
+        own = [_with_ratios(group, base) for group in own]
+        own.sort(key=lambda group: (not group.is_reference, group.method))
+        warnings += comparison_warnings(workload, {group.method: group.runs for group in own})
+        warnings += _censored(own)
+        groups += own
+        if paper and workload in PAPER_ROWS:
+            rows = PAPER_ROWS[workload]
+            groups += [_paper_group(workload, row, rows[0]) for row in rows]
+            notes += [note for note in map(_paper_note, own) if note]
+    return Summary(reference, tuple(groups), tuple(warnings), tuple(notes))
+
+
+def _censored(groups: Iterable[Group]) -> list[str]:
+    """Say where a mean leaves out repetitions that missed."""
+    return [
+        f"{group.workload}: the mean of {group.method} is over the {group.seconds.n} of "
+        f"{group.seconds.total} repetitions that reached the target; misses are not in it"
+        for group in groups
+        if 0 < group.seconds.n < group.seconds.total
+    ]

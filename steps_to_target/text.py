@@ -1,0 +1,247 @@
+"""Tables for the terminal (rich) and as plain text."""
+
+from __future__ import annotations
+
+import io
+import math
+
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from steps_to_target.model import Crossing, Run
+from steps_to_target.scoring import Profile
+from steps_to_target.statistics import Ratio, Stat
+from steps_to_target.summary import Group as MethodGroup
+from steps_to_target.summary import Summary
+
+DASH = "-"
+_HOURS_FROM = 7200.0
+
+
+def in_hours(groups: list[MethodGroup]) -> bool:
+    """Whether times of these groups read better in hours than in seconds."""
+    means = [group.seconds.mean for group in groups if not math.isnan(group.seconds.mean)]
+    return bool(means) and max(means) >= _HOURS_FROM
+
+
+def plain_number(value: float) -> str:
+    """Thousands separated; a dash for NaN or infinity."""
+    if not math.isfinite(value):
+        return DASH
+    return f"{value:,.0f}"
+
+
+def duration(seconds: float, hours: bool = False) -> str:
+    """Seconds with one decimal, or hours with two; a dash for NaN or infinity."""
+    if not math.isfinite(seconds):
+        return DASH
+    return f"{seconds / 3600:,.2f} h" if hours else f"{seconds:,.1f} s"
+
+
+def mean_steps(stat: Stat) -> str:
+    """``mean ± standard error`` of steps."""
+    if not stat.n:
+        return DASH
+    spread = "" if math.isnan(stat.stderr) else f" ± {plain_number(stat.stderr)}"
+    return plain_number(stat.mean) + spread
+
+
+def mean_time(stat: Stat, hours: bool) -> str:
+    """``mean ± standard error`` of time."""
+    if not stat.n:
+        return DASH
+    if math.isnan(stat.stderr):
+        return duration(stat.mean, hours)
+    unit = 3600.0 if hours else 1.0
+    digits = 2 if hours else 1
+    name = "h" if hours else "s"
+    return f"{stat.mean / unit:,.{digits}f} ± {stat.stderr / unit:,.{digits}f} {name}"
+
+
+def ratio_text(ratio: Ratio | None, is_reference: bool = False) -> str:
+    """``0.52 [0.45, 0.60]``; ``1`` for the reference itself."""
+    if is_reference:
+        return "1"
+    if ratio is None:
+        return DASH
+    if ratio.low is None or ratio.high is None:
+        return f"{ratio.value:.3f}"
+    return f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
+
+
+def reached_text(group: MethodGroup) -> str:
+    """``3/5`` and how the others ended."""
+    if group.paper:
+        return DASH
+    others = [f"{count} {name}" for name, count in group.statuses.items() if name != "reached"]
+    return f"{group.reached}/{len(group.runs)}" + (f" ({', '.join(others)})" if others else "")
+
+
+def median_text(value: float, shown: str, paper: bool) -> str:
+    """A median in which a miss is infinite."""
+    if paper or math.isnan(value):
+        return DASH
+    return "not reached" if math.isinf(value) else shown
+
+
+def workload_title(summary: Summary, workload: str) -> str:
+    """Workload and what has to be reached on it."""
+    targets = dict.fromkeys(
+        f"{run.target.column} {run.target.sign} {run.target.validation:.6g}"
+        for group in summary.of(workload)
+        for run in group.runs
+        if run.target
+    )
+    return f"{workload}: " + (" or ".join(targets) if targets else "no target known")
+
+
+def method_rows(groups: list[MethodGroup]) -> list[list[str]]:
+    """Cells of the table of methods, one row per group."""
+    hours = in_hours(groups)
+    return [
+        [
+            group.method + (" (reference)" if group.is_reference and not group.paper else ""),
+            reached_text(group),
+            mean_steps(group.steps),
+            ratio_text(group.ratio_steps, group.is_reference and group.steps.n > 0),
+            mean_time(group.seconds, hours),
+            ratio_text(group.ratio_seconds, group.is_reference and group.seconds.n > 0),
+            median_text(
+                group.algoperf_seconds, duration(group.algoperf_seconds, hours), group.paper
+            ),
+            group.repetitions,
+        ]
+        for group in groups
+    ]
+
+
+METHOD_COLUMNS = (
+    "method",
+    "runs reached",
+    "steps to target",
+    "ratio",
+    "time to target",
+    "ratio",
+    "AlgoPerf time",
+    "mean over",
+)
+
+
+def crossing_step(crossing: Crossing | None) -> str:
+    """``10,138 (after 9,205)``: the true crossing lies between the two."""
+    if crossing is None:
+        return DASH
+    text = plain_number(crossing.step)
+    if crossing.previous_step is not None:
+        text += f" (after {plain_number(crossing.previous_step)})"
+    return text
+
+
+def crossing_time(crossing: Crossing | None) -> str:
+    """``2,652.8 s (after 2,414.7 s)``."""
+    if crossing is None or math.isnan(crossing.seconds):
+        return DASH
+    text = duration(crossing.seconds)
+    if crossing.previous_seconds is not None:
+        text += f" (after {duration(crossing.previous_seconds)})"
+    return text
+
+
+RUN_COLUMNS = ("run", "status", "step", "time", "test step", "resumes")
+MAX_RUNS_SHOWN = 60
+
+
+def run_row(run: Run) -> list[str]:
+    """Cells of the table of runs."""
+    return [
+        f"{run.method} study {run.study} trial {run.trial}",
+        str(run.status),
+        crossing_step(run.crossing),
+        crossing_time(run.crossing),
+        crossing_step(run.test_crossing),
+        str(run.resumes),
+    ]
+
+
+def _run_parts(workload: str, members: list[Run]) -> list[RenderableType]:
+    """Table of single runs, and for those that did not reach the evidence for their status."""
+    shown = members[:MAX_RUNS_SHOWN]
+    title = f"{workload}: single runs (the true crossing lies after the evaluation in brackets)"
+    parts: list[RenderableType] = [_table(title, RUN_COLUMNS, list(map(run_row, shown)), {5})]
+    parts += [
+        Text(f"{run.method} study {run.study} trial {run.trial}: {run.status}: {run.evidence}")
+        for run in shown
+        if not run.reached
+    ]
+    if len(members) > len(shown):
+        parts.append(Text(f"... and {len(members) - len(shown)} more runs: see --csv or --html"))
+    return parts
+
+
+def _table(title: str, columns: tuple[str, ...], rows: list[list[str]], right: set[int]) -> Table:
+    table = Table(title=escape(title), title_justify="left", show_lines=False)
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    return table
+
+
+def render_table(summary: Summary, *, runs: bool = False) -> Group:
+    """The comparison as a rich renderable: per workload one table of methods.
+
+    Args:
+        summary: from ``summarize``.
+        runs: also a table of single runs, and the evidence for those that did not reach.
+    """
+    parts: list[RenderableType] = []
+    for workload in summary.workloads:
+        groups = summary.of(workload)
+        title = workload_title(summary, workload)
+        parts.append(_table(title, METHOD_COLUMNS, method_rows(groups), {2, 3, 4, 5, 6}))
+        members = [run for group in groups for run in group.runs]
+        if runs:
+            parts += _run_parts(workload, members)
+    parts += [Text(f"note: {note}") for note in summary.paper_notes]
+    parts += [Text(f"warning: {warning}", style="yellow") for warning in summary.warnings]
+    return Group(*parts)
+
+
+def render_profile(profile: Profile) -> Group:
+    """AlgoPerf's benchmark score of each method, with the workloads named."""
+    rows = [
+        [
+            method,
+            f"{profile.scores[method]:.4f}",
+            *(
+                f"{ratio:.3f}" if math.isfinite(ratio) else "not reached"
+                for ratio in profile.ratios[method].values()
+            ),
+        ]
+        for method in sorted(profile.scores, key=lambda name: -profile.scores[name])
+    ]
+    title = (
+        f"AlgoPerf benchmark score by {profile.measure} to target over "
+        f"{len(profile.workloads)} workload(s): {', '.join(profile.workloads)}"
+    )
+    columns = ("method", "score", *(f"{workload}: ratio to best" for workload in profile.workloads))
+    parts: list[RenderableType] = [_table(title, columns, rows, set(range(1, len(columns))))]
+    if profile.absent:
+        parts.append(Text(f"no runs, counted as not reached: {'; '.join(profile.absent)}"))
+    return Group(*parts)
+
+
+def to_text(renderable: RenderableType, width: int = 120) -> str:
+    """Render without colour, with trailing blanks removed."""
+    stream = io.StringIO()
+    Console(file=stream, width=width, no_color=True, highlight=False, legacy_windows=False).print(
+        renderable
+    )
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
+
+
+def render_text(summary: Summary, *, width: int = 120, runs: bool = False) -> str:
+    """The comparison as plain text."""
+    return to_text(render_table(summary, runs=runs), width)
