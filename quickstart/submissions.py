@@ -1,0 +1,79 @@
+"""Loads a submission, the Python file with AlgoPerf's functions."""
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quickstart.errors import QuickstartError
+
+_REQUIRED = ("get_batch_size", "init_optimizer_state", "update_params", "data_selection")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """The functions of a submission.
+
+    Attributes:
+        path: its file.
+        prepare_for_eval: None if it has none.
+        needs_train_state: whether `update_params` takes `train_state`.
+    """
+
+    path: Path
+    get_batch_size: Callable[[str], int]
+    init_optimizer_state: Callable[..., Any]
+    update_params: Callable[..., Any]
+    data_selection: Callable[..., Any]
+    prepare_for_eval: Callable[..., Any] | None
+    needs_train_state: bool
+
+
+def load(path: Path) -> Submission:
+    """Imports a submission.
+
+    A path below the current folder is imported as a dotted module name, as AlgoPerf does; any
+    other one is loaded from its file.
+
+    Raises:
+        QuickstartError: if there is no such file, it cannot be imported or a function is missing.
+    """
+    if path.suffix != ".py" or not path.is_file():
+        raise QuickstartError(f"--submission_path: {path} is no Python file")
+    try:
+        module = _import(path)
+    except (ImportError, SyntaxError) as error:
+        raise QuickstartError(f"--submission_path: cannot import {path}: {error}") from error
+    missing = [name for name in _REQUIRED if not callable(getattr(module, name, None))]
+    if missing:
+        raise QuickstartError(
+            f"--submission_path: {path} lacks {', '.join(missing)}; a submission defines "
+            f"{', '.join(_REQUIRED)} and may define prepare_for_eval"
+        )
+    return Submission(
+        path=path,
+        prepare_for_eval=getattr(module, "prepare_for_eval", None),
+        needs_train_state="train_state" in inspect.signature(module.update_params).parameters,
+        **{name: getattr(module, name) for name in _REQUIRED},
+    )
+
+
+def _import(path: Path) -> Any:
+    here = Path.cwd()
+    absolute = path.resolve()
+    if absolute.is_relative_to(here) and str(here) in (*sys.path, *map(str, map(Path, sys.path))):
+        parts = absolute.relative_to(here).with_suffix("").parts
+        if all(part.isidentifier() for part in parts):
+            return importlib.import_module(".".join(parts))
+    name = f"submission_{absolute.stem}"
+    module_spec = importlib.util.spec_from_file_location(name, absolute)
+    if module_spec is None or module_spec.loader is None:
+        raise ImportError(f"Python cannot load {absolute}")
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[name] = module
+    module_spec.loader.exec_module(module)
+    return module
