@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from steps_to_target.csvfile import Row, finite
-from steps_to_target.model import Crossing, FloatArray, Status
+from steps_to_target.model import Crossing, Ending, FloatArray, Status
 from steps_to_target.targets import Target
 
 _MAX_STEP = 2.0**53
@@ -52,25 +52,6 @@ class Trajectory:
     def column(self, name: str) -> FloatArray:
         """One field of all points, shape ``(points,)``."""
         return np.array([getattr(point, name) for point in self.points], dtype=np.float64)
-
-
-@dataclass(frozen=True)
-class Ending:
-    """What the log says about the run's end.
-
-    Attributes:
-        final_row: AlgoPerf's last row (total time, no metrics) closes the log.
-        step: last step that the log mentions (None: none).
-        seconds: accumulated submission time in the final row, else at the last evaluation.
-        loss: last logged training loss.
-        known: whether measurements.csv could be read at all.
-    """
-
-    final_row: bool = False
-    step: float | None = None
-    seconds: float | None = None
-    loss: float | None = None
-    known: bool = True
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,25 @@ class Identity:
 
 
 @dataclass(frozen=True)
+class Ending:
+    """What the log says about the run's end.
+
+    Attributes:
+        final_row: AlgoPerf's last row (total time, no metrics) closes the log.
+        step: last step that the log mentions (None: none).
+        seconds: accumulated submission time in the final row, else at the last evaluation.
+        loss: last logged training loss.
+        known: whether measurements.csv could be read at all.
+    """
+
+    final_row: bool = False
+    step: float | None = None
+    seconds: float | None = None
+    loss: float | None = None
+    known: bool = True
+
+
+@dataclass(frozen=True)
 class Run:
     """One trial, read and judged.
 
@@ -93,6 +112,7 @@ class Run:
     flags: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     steps_comparable: bool = True
+    ending: Ending = field(default_factory=Ending)
 
     @property
     def workload(self) -> str:

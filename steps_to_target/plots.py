@@ -104,10 +104,13 @@ def _crossing_x(run: Run, against: str, unit: float) -> float:
     return (run.crossing.step if against == "steps" else run.crossing.seconds) / unit
 
 
-def _panel(axes: Axes, methods: dict[str, list[Run]], against: str, unit: float) -> None:
-    """Draw one workload's runs against steps or time."""
+def _panel(
+    axes: Axes, methods: dict[str, list[Run]], looks: dict[str, int], against: str, unit: float
+) -> None:
+    """Draw one workload's runs against steps or time; ``looks`` gives each method's style."""
     drawn: list[FloatArray] = []
-    for index, (method, runs) in enumerate(methods.items()):
+    for method, runs in methods.items():
+        index = looks[method]
         style = _style(index)
         shown = [run for run in runs if against == "seconds" or run.steps_comparable]
         curves = [_curve(run, against, unit) for run in shown]
@@ -119,12 +122,17 @@ def _panel(axes: Axes, methods: dict[str, list[Run]], against: str, unit: float)
         )
         best = [representative(bundle) for bundle in repetitions(shown)]
         mean = mean_curve([_curve(run, against, unit) for run in best])
-        label = f"{method} ({len(best)})"
+        label = f"{method} ({len(best) or 'counts other steps'})"
+        style |= {
+            "marker": _MARKERS[index % len(_MARKERS)],
+            "markerfacecolor": "white",
+            "markersize": 6,
+        }
         if mean is None:
             axes.plot([], [], label=label, linewidth=1.8, **style)
         else:
             grid, centre, spread = mean
-            axes.plot(grid, centre, label=label, linewidth=1.8, **style)
+            axes.plot(grid, centre, label=label, linewidth=1.8, markevery=[], **style)
             axes.fill_between(
                 grid, centre - spread, centre + spread, color=style["color"], alpha=0.18, lw=0
             )
@@ -134,16 +142,7 @@ def _panel(axes: Axes, methods: dict[str, list[Run]], against: str, unit: float)
         points = [point for point in points if math.isfinite(point[0])]
         if points:
             xs, ys = zip(*points, strict=True)
-            axes.plot(
-                xs,
-                ys,
-                linestyle="none",
-                marker=_MARKERS[index % len(_MARKERS)],
-                markerfacecolor="white",
-                markeredgecolor=style["color"],
-                markersize=6,
-                zorder=4,
-            )
+            axes.plot(xs, ys, **(style | {"linestyle": "none", "zorder": 4}))
     axes.autoscale_view()
     everyone = [run for runs in methods.values() for run in runs]
     for value in sorted({run.target.validation for run in everyone if run.target}):
@@ -203,23 +202,30 @@ def _time_panel(axes: Axes, methods: dict[str, list[Run]]) -> None:
 
 
 def workload_figure(workload: str, runs: Sequence[Run]) -> Figure:
-    """All pictures of one workload side by side."""
-    return _figure({workload: list(runs)})
+    """All pictures of one workload side by side.
+
+    Args:
+        workload: its name; only its runs are drawn.
+        runs: all runs, since a method keeps its look over all workloads.
+    """
+    everyone = sorted({run.method for run in runs})
+    return _figure({workload: [run for run in runs if run.workload == workload]}, everyone)
 
 
-def _figure(workloads: dict[str, list[Run]]) -> Figure:
+def _figure(workloads: dict[str, list[Run]], everyone: Sequence[str]) -> Figure:
     timed = any(run.time_parts for runs in workloads.values() for run in runs)
     columns = 3 if timed else 2
     figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * len(workloads)), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(workloads), columns, squeeze=False)
+    looks = {method: index for index, method in enumerate(everyone)}
     for row, (workload, runs) in enumerate(workloads.items()):
         methods: dict[str, list[Run]] = {}
         for run in runs:
             methods.setdefault(run.method, []).append(run)
         unit, unit_name = _unit(runs)
         for axes, against, scale in ((grid[row][0], "steps", 1.0), (grid[row][1], "seconds", unit)):
-            _panel(axes, methods, against, scale)
+            _panel(axes, methods, looks, against, scale)
             axes.set_xlabel("steps" if against == "steps" else f"submission time ({unit_name})")
             axes.set_ylabel(_metric_name(runs))
             axes.set_title(workload, fontsize=10)
@@ -289,7 +295,7 @@ def plot_runs(runs: Sequence[Run], path: str | os.PathLike[str]) -> Path:
     workloads: dict[str, list[Run]] = {}
     for run in runs:
         workloads.setdefault(run.workload, []).append(run)
-    return _save(_figure(workloads), path)
+    return _save(_figure(workloads, sorted({run.method for run in runs})), path)
 
 
 def profile_figure(profile: Profile) -> Figure:

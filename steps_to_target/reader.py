@@ -12,8 +12,8 @@ from typing import Any
 from steps_to_target import csvfile, folders
 from steps_to_target.csvfile import CsvTable, Row, finite
 from steps_to_target.errors import CompareError
-from steps_to_target.judge import Budget, Ending, counts_outer_steps, find_ending, follow, judge
-from steps_to_target.model import TIME_PARTS, Identity, Run
+from steps_to_target.judge import Budget, counts_outer_steps, find_ending, follow, judge
+from steps_to_target.model import TIME_PARTS, Ending, Identity, Run
 from steps_to_target.targets import Target, run_target
 
 # AlgoPerf v0.6 gives self-tuning submissions 1.5 times the workload's time limit.
@@ -206,6 +206,7 @@ def assess(
         flags=dict(flags),
         notes=tuple(found),
         steps_comparable=not outer,
+        ending=ending,
     )
 
 
