@@ -74,14 +74,13 @@ class MessagePassing(nn.Module):
         dropout_rate: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Maps (nodes, edges, globals) to updated ones; rows stay, widths become `hidden[-1]`."""
-        # index_select, unlike indexing, has a backward pass that is fast on a CPU.
         edges = self.update_edges(
             torch.cat(
                 [
                     edges,
-                    nodes.index_select(0, indices.senders),
-                    nodes.index_select(0, indices.receivers),
-                    globals_.index_select(0, indices.graph_of_edge),
+                    _gather(nodes, indices.senders),
+                    _gather(nodes, indices.receivers),
+                    _gather(globals_, indices.graph_of_edge),
                 ],
                 dim=1,
             ),
@@ -93,7 +92,7 @@ class MessagePassing(nn.Module):
                     nodes,
                     _segment_sum(edges, indices.senders, len(nodes)),
                     _segment_sum(edges, indices.receivers, len(nodes)),
-                    globals_.index_select(0, indices.graph_of_node),
+                    _gather(globals_, indices.graph_of_node),
                 ],
                 dim=1,
             ),
@@ -269,6 +268,15 @@ def sincos_positions(
     y = torch.arange(height, device=device).repeat_interleave(width)[:, None] * frequency
     x = torch.arange(width, device=device).repeat(height)[:, None] * frequency
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)
+
+
+def _gather(rows: Tensor, index: Tensor) -> Tensor:
+    """The rows at `index`, with a backward pass that is fast on a CPU."""
+    gathered = rows.index_select(0, index)
+    if gathered.requires_grad:
+        # The gradient is a slice of that of a concatenation; adding up its strided rows is slow.
+        gathered.register_hook(torch.Tensor.contiguous)
+    return gathered
 
 
 def _segment_sum(rows: Tensor, segment: Tensor, count: int) -> Tensor:
