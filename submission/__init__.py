@@ -1,0 +1,1 @@
+"""The AlgoPerf submission: K-FAC-expand and K-FAC-reduce."""

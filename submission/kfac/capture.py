@@ -1,0 +1,255 @@
+"""Hooks that follow one forward pass and the Fisher passes through its graph.
+
+Hooks exist only inside `Recording` (the steps that need factors). A forward hook hands a layer's
+input to its collector, so that nothing has to be kept for A, and puts an identity (`_Tap`) behind
+the layer's output. Would-be gradients are then propagated to the layer *outputs* only: no
+gradient of a weight is computed, `.grad` is untouched, DDP's reducer does not fire; the tap hands
+each output's gradient to the collector and lets it go.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from .layers import EmbeddingKind
+from .sharing import SharingError, SharingRule, resolve
+from .statistics import (
+    Collector,
+    DiagonalPart,
+    KroneckerPart,
+    Part,
+    Sums,
+    UnitwisePart,
+    empty_diagonal_sums,
+    make_collector,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class _Tap(torch.autograd.Function):
+    """Identity whose backward pass shows the gradient to a callback.
+
+    The output shares the input's memory but is no view of it, so that modules after it may work
+    in place (views of custom functions may not; the layers tapped here do not need their output
+    for their own backward pass).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, callback: Callable[[Tensor], None]) -> Tensor:
+        ctx.callback = callback
+        alias = x.new_empty(0)
+        alias.set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
+        return alias
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        ctx.callback(grads[0])
+        return grads[0], None
+
+
+class Recording:
+    """One recorded forward pass of a model, and its Fisher passes.
+
+    Use as a context manager around the forward pass, then call `fisher_pass` for every vector of
+    would-be gradients, then read `sums`.
+
+    Args:
+        parts: what to collect.
+        sharing: how rows share weights, see `sharing.resolve`.
+        ragged_scaling: see `factors.RAGGED_SCALINGS`.
+    """
+
+    def __init__(
+        self, parts: Iterable[Part], sharing: SharingRule = None, ragged_scaling: str = "sqrt"
+    ) -> None:
+        self.sums: dict[str, Sums] = {}
+        self._sharing = sharing
+        self._collectors: dict[str, Collector] = {}
+        self._diagonals: list[DiagonalPart] = []
+        self._modules: list[tuple[KroneckerPart | UnitwisePart, Collector]] = []
+        self._edges: list[GradientEdge] = []
+        self._handles: list[RemovableHandle] = []
+        self._listening = False
+        for part in parts:
+            if isinstance(part, DiagonalPart):
+                self._diagonals.append(part)
+                self.sums[part.name] = empty_diagonal_sums(part)
+            else:
+                collector = make_collector(part, ragged_scaling)
+                self._collectors[part.name] = collector
+                self._modules.append((part, collector))
+                self.sums[part.name] = collector.sums
+
+    def __enter__(self) -> Recording:
+        for part, collector in self._modules:
+            hook = self._forward_hook(part, collector)
+            self._handles.append(part.module.register_forward_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if exc_type is None:
+            for collector in self._collectors.values():
+                collector.end_forward()
+        else:
+            self.release()
+
+    @property
+    def calls(self) -> Mapping[str, int]:
+        """Module name -> how often it was called in the forward pass."""
+        return {name: collector.calls for name, collector in self._collectors.items()}
+
+    def replace_uncalled(self, parts: Iterable[Part]) -> None:
+        """Drops modules that were not called; takes their parameters, in `parts`, instead."""
+        for name, collector in list(self._collectors.items()):
+            if not collector.calls:
+                del self._collectors[name], self.sums[name]
+        for part in parts:
+            if isinstance(part, DiagonalPart) and part.name not in self.sums:
+                self._diagonals.append(part)
+                self.sums[part.name] = empty_diagonal_sums(part)
+
+    def shared_over(self) -> dict[str, str]:
+        """Module name -> how its rows share the weight, in words, of modules that were called."""
+        return {
+            name: collector.sharing_in_words()
+            for name, collector in self._collectors.items()
+            if collector.calls
+        }
+
+    def _forward_hook(
+        self, part: KroneckerPart | UnitwisePart, collector: Collector
+    ) -> Callable[..., Tensor | None]:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> Tensor | None:
+            if not (
+                torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad
+            ):
+                return None
+            x = args[0] if args else kwargs["input"]
+            with torch.no_grad():
+                try:
+                    leading = x.shape[0] if x.dim() > int(not _is_embedding(part)) else 1
+                    collector.forward(x.detach(), resolve(self._sharing, part.name, leading))
+                except SharingError as error:
+                    raise SharingError(f"layer '{part.name}': {error}") from None
+            call = collector.calls - 1
+            self._edges.append(get_gradient_edge(output))
+
+            def callback(g: Tensor) -> None:
+                if self._listening:
+                    with torch.no_grad():
+                        collector.gradient(call, g.detach())
+
+            tapped: Tensor = _Tap.apply(output, callback)  # type: ignore[no-untyped-call]
+            return tapped
+
+        return hook
+
+    def fisher_pass(self, logits: Tensor, vector: Tensor, *, zero_mean: bool) -> None:
+        """Propagates would-be gradients (shape of the logits) and adds their statistics.
+
+        The graph is kept, since the ordinary backward pass comes after.
+
+        Args:
+            logits: the model's output, attached to the graph.
+            vector: would-be gradients of all examples.
+            zero_mean: whether the vectors of different examples are independent with mean zero
+                (sampled labels). Then the square of a summed parameter gradient has the sum of
+                the examples' squares as its mean, and one pass serves the parameters that are in
+                no layer as well; otherwise these take one pass for each example.
+        """
+        if self._edges:
+            parameters = [part.parameter for part in self._diagonals] if zero_mean else []
+            self._propagate(logits, vector, parameters)
+        if self._diagonals and not (zero_mean and self._edges):
+            for example in range(logits.shape[0]):
+                alone = torch.zeros_like(vector)
+                alone[example] = vector[example]
+                self._square_gradients(logits, alone)
+
+    def _propagate(self, logits: Tensor, vector: Tensor, parameters: list[nn.Parameter]) -> None:
+        edges: list[Any] = list(earliest(self._edges))
+        self._listening = True
+        try:
+            grads = _grad(logits, [*edges, *parameters], vector)
+        finally:
+            self._listening = False
+        with torch.no_grad():
+            for collector in self._collectors.values():
+                collector.end_pass()
+            if parameters:
+                self._add_squares(grads[len(edges) :])
+
+    def _square_gradients(self, logits: Tensor, vector: Tensor) -> None:
+        with torch.no_grad():
+            self._add_squares(_grad(logits, [part.parameter for part in self._diagonals], vector))
+
+    def _add_squares(self, grads: Sequence[Tensor | None]) -> None:
+        for part, grad in zip(self._diagonals, grads, strict=True):
+            if grad is not None:
+                total = self.sums[part.name]["F"]
+                total += grad.to(total.dtype).square()
+
+    def release(self) -> None:
+        """Lets go of the graph and of all tensors but the sums."""
+        self._edges.clear()
+        self._collectors.clear()
+        self._modules.clear()
+
+
+def _grad(logits: Tensor, inputs: list[Any], vector: Tensor) -> Sequence[Tensor | None]:
+    grads: Sequence[Tensor | None] = torch.autograd.grad(
+        logits, inputs, vector.to(logits.dtype), retain_graph=True, allow_unused=True
+    )
+    return grads
+
+
+def _is_embedding(part: Part) -> bool:
+    return isinstance(part, KroneckerPart) and isinstance(part.kind, EmbeddingKind)
+
+
+def earliest(edges: list[GradientEdge]) -> list[GradientEdge]:
+    """Those edges from which no other one can be reached (towards the inputs of the graph).
+
+    Asking autograd for these alone makes it visit all others on the way, without keeping what
+    flows through them.
+    """
+    targets = {edge.node for edge in edges}
+    reaches: dict[Node, bool] = {}  # node -> whether a target lies strictly below it
+    for edge in edges:
+        stack = [edge.node]
+        while stack:
+            node = stack[-1]
+            if node in reaches:
+                stack.pop()
+                continue
+            children = [child for child, _ in node.next_functions if child is not None]
+            pending = [child for child in children if child not in reaches]
+            if pending:
+                stack.extend(pending)
+                continue
+            reaches[node] = any(child in targets or reaches[child] for child in children)
+            stack.pop()
+    unique: dict[tuple[Node, int], GradientEdge] = {}
+    for edge in edges:
+        if not reaches[edge.node]:
+            unique[(edge.node, edge.output_nr)] = edge
+    return list(unique.values())

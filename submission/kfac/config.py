@@ -1,0 +1,86 @@
+"""The engine's settings: one validated dataclass."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .damping import DAMPING_KINDS
+from .factors import RAGGED_SCALINGS
+
+KFAC_APPROXES = ("expand", "reduce")
+FISHER_TYPES = ("mc", "type-2", "empirical")
+FALLBACKS = ("diagonal", "gradient")
+
+
+@dataclass(frozen=True)
+class KFACConfig:
+    """Settings of `KFAC`.
+
+    Args:
+        kfac_approx: "expand" (eq. 7) or "reduce" (eq. 10, and eq. 55 for ragged rows).
+        fisher_type: "mc" (labels sampled from the model), "type-2" (exact GGN) or "empirical".
+        mc_samples: label samples per factor update, for "mc".
+        damping: added to the curvature as `damping_kind` says; > 0.
+        damping_kind: see `damping.DAMPING_KINDS`.
+        relative_damping: multiply damping by the mean eigenvalue of the layer's A ⊗ B.
+        factor_decay: weight of the old factors in the moving average; 0 keeps none.
+        factor_update_steps: steps between updates of the factors.
+        inverse_update_steps: steps between updates of the inverses; a multiple of the former.
+        early_updates: within the first interval also update at steps 1, 2, 4, 8, ...
+        joint_bias: treat weight and bias as one matrix; otherwise as two blocks.
+        ragged_scaling: see `factors.RAGGED_SCALINGS`.
+        max_factor_side: larger sides keep only the diagonal of their factor.
+        fallback: what trains parameters outside K-FAC layers: "diagonal" (their own curvature:
+            unit-wise for normalisation layers, diagonal for others) or "gradient" (as it is).
+        max_failures: so many updates in a row may fail (non-finite or empty batches,
+            factorisations that do not succeed) before training ends with an error.
+        seed: of the label sampling.
+    """
+
+    kfac_approx: str = "expand"
+    fisher_type: str = "mc"
+    mc_samples: int = 1
+    damping: float = 1e-3
+    damping_kind: str = "pi"
+    relative_damping: bool = False
+    factor_decay: float = 0.0
+    factor_update_steps: int = 10
+    inverse_update_steps: int = 10
+    early_updates: bool = True
+    joint_bias: bool = True
+    ragged_scaling: str = "sqrt"
+    max_factor_side: int = 8192
+    fallback: str = "diagonal"
+    max_failures: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_choice("kfac_approx", self.kfac_approx, KFAC_APPROXES)
+        _check_choice("fisher_type", self.fisher_type, FISHER_TYPES)
+        _check_choice("damping_kind", self.damping_kind, tuple(DAMPING_KINDS))
+        _check_choice("ragged_scaling", self.ragged_scaling, tuple(RAGGED_SCALINGS))
+        _check_choice("fallback", self.fallback, FALLBACKS)
+        for name in ("mc_samples", "factor_update_steps", "inverse_update_steps", "max_failures"):
+            _check_positive_integer(name, getattr(self, name))
+        _check_positive_integer("max_factor_side", self.max_factor_side)
+        if not (math.isfinite(self.damping) and self.damping > 0):
+            raise ValueError(f"damping must be positive and finite, not {self.damping}")
+        if not 0 <= self.factor_decay < 1:
+            raise ValueError(f"factor_decay must be in [0, 1), not {self.factor_decay}")
+        if self.inverse_update_steps % self.factor_update_steps:
+            raise ValueError(
+                f"inverse_update_steps ({self.inverse_update_steps}) must be a multiple of "
+                f"factor_update_steps ({self.factor_update_steps}): in between there is nothing "
+                "new to invert"
+            )
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+
+
+def _check_positive_integer(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")

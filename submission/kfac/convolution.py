@@ -1,0 +1,152 @@
+"""Convolutions as linear layers whose rows are patches.
+
+Output position o reads, at kernel offset k, the input index source[k, o] (or nothing, where
+padding is zero). These tables, one per spatial dimension, are all that distinguishes strides,
+dilation, padding sizes and modes, and transposed convolutions; everything below works on them.
+
+A patch is a row of C_in / groups · prod(kernel) entries in the order of the weight's dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PATCH_CHUNK_ELEMENTS = 1 << 23  # patches are materialised at most this many entries at a time
+
+
+@dataclass(frozen=True)
+class DimensionGeometry:
+    """One spatial dimension of a convolution. Hashable, so that tables are made once."""
+
+    kernel: int
+    stride: int
+    dilation: int
+    padding: tuple[int, int]  # before, after; of a transposed convolution (padding, output_padding)
+    mode: str  # 'zeros', 'reflect', 'replicate', 'circular', 'transposed'
+
+    def output_size(self, size: int) -> int:
+        """Number of output positions for an input of `size`."""
+        span = self.dilation * (self.kernel - 1) + 1
+        if self.mode == "transposed":
+            padding, output_padding = self.padding
+            return (size - 1) * self.stride - 2 * padding + span + output_padding
+        return (size + sum(self.padding) - span) // self.stride + 1
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether neighbouring outputs read neighbouring inputs, with nothing beyond the border."""
+        return self.mode == "zeros" and self.stride == 1
+
+
+@lru_cache(maxsize=512)
+def source_table(geometry: DimensionGeometry, size: int) -> Tensor:
+    """Input index read at kernel offset k by output o: int64 [kernel, outputs], -1 for nothing."""
+    g = geometry
+    outputs = torch.arange(g.output_size(size))
+    offsets = torch.arange(g.kernel).unsqueeze(1) * g.dilation
+    if g.mode == "transposed":
+        numerator = outputs + g.padding[0] - offsets
+        source = torch.div(numerator, g.stride, rounding_mode="floor")
+        exists = (numerator % g.stride == 0) & (source >= 0) & (source < size)
+        return torch.where(exists, source, -1)
+    position = outputs * g.stride + offsets
+    index = torch.arange(size, dtype=torch.float64).reshape(1, 1, size)
+    if g.mode == "zeros":
+        padded = F.pad(index, g.padding, value=-1)
+    else:
+        padded = F.pad(index, g.padding, mode=g.mode)
+    return padded.flatten().long()[position]
+
+
+@lru_cache(maxsize=512)
+def read_counts(geometry: DimensionGeometry, size: int) -> Tensor:
+    """How often kernel offset k reads input h over all outputs: float64 [kernel, size]."""
+    source = source_table(geometry, size)
+    counts = torch.zeros(geometry.kernel, size + 1, dtype=torch.float64)
+    index = torch.where(source < 0, size, source)
+    counts.scatter_add_(1, index, torch.ones_like(index, dtype=torch.float64))
+    return counts[:, :size]
+
+
+def geometry_of(module: Any) -> tuple[DimensionGeometry, ...]:
+    """The geometry of an nn.Conv{1,2,3}d or nn.ConvTranspose{1,2,3}d, one per dimension."""
+    dims = len(module.kernel_size)
+    if module.transposed:
+        padding = list(zip(module.padding, module.output_padding, strict=True))
+        modes = ["transposed"] * dims
+    else:
+        # PyTorch keeps the padding of every mode, 'same' included, last dimension first.
+        flat = module._reversed_padding_repeated_twice
+        padding = [(flat[2 * i], flat[2 * i + 1]) for i in reversed(range(dims))]
+        modes = [module.padding_mode] * dims
+    return tuple(
+        DimensionGeometry(k, s, d, (int(p[0]), int(p[1])), m)
+        for k, s, d, p, m in zip(
+            module.kernel_size, module.stride, module.dilation, padding, modes, strict=True
+        )
+    )
+
+
+def output_positions(geometry: tuple[DimensionGeometry, ...], spatial: torch.Size) -> int:
+    """R, the number of shared positions of an input of this spatial size."""
+    return math.prod(g.output_size(s) for g, s in zip(geometry, spatial, strict=True))
+
+
+def patches(x: Tensor, geometry: tuple[DimensionGeometry, ...]) -> Tensor:
+    """All patches, materialised: [N, C, *spatial] -> [N, C·prod(kernel), R].
+
+    The plain path, and the reference that the faster ones are tested against.
+    """
+    dims = len(geometry)
+    x = F.pad(x, (0, 1) * dims)  # an extra slot of zeros, for what is read from outside
+    index: list[Tensor] = []
+    for i, g in enumerate(geometry):
+        size = x.shape[2 + i] - 1
+        source = source_table(g, size).to(x.device)
+        shape = [1] * (2 * dims)
+        shape[i], shape[dims + i] = source.shape
+        index.append(torch.where(source < 0, size, source).reshape(shape))
+    everything: list[Any] = [slice(None), slice(None), *index]
+    gathered = x[tuple(everything)]
+    return gathered.flatten(1, 1 + dims).flatten(2)
+
+
+def _chunks(x: Tensor, geometry: tuple[DimensionGeometry, ...]) -> Iterator[Tensor]:
+    """Splits the examples so that the patches of one part stay small."""
+    per_example = x.shape[1] * math.prod(g.kernel for g in geometry)
+    per_example *= output_positions(geometry, x.shape[2:])
+    yield from torch.split(x, max(1, PATCH_CHUNK_ELEMENTS // max(1, per_example)))
+
+
+def patch_second_moment(x: Tensor, geometry: tuple[DimensionGeometry, ...], groups: int) -> Tensor:
+    """Σ over examples and positions of patch patchᵀ: [N, C, *spatial] -> [groups, d, d]."""
+    channels = x.shape[1] // groups
+    d = channels * math.prod(g.kernel for g in geometry)
+    moment = x.new_zeros(groups, d, d)
+    for part in _chunks(x, geometry):
+        rows = patches(part, geometry)
+        rows = rows.reshape(rows.shape[0], groups, d, rows.shape[-1])
+        rows = rows.permute(1, 2, 0, 3).flatten(2)
+        moment.baddbmm_(rows, rows.mT)
+    return moment
+
+
+def patch_sum(x: Tensor, geometry: tuple[DimensionGeometry, ...], groups: int) -> Tensor:
+    """Σ over positions of the patches, without forming them: [N, C, *spatial] -> [groups, N, d].
+
+    Offset k's sum over the outputs is a weighted sum of the inputs that it reads; the weights are
+    the product over dimensions of `read_counts`, so one small matrix product per dimension does it.
+    """
+    n = x.shape[0]
+    for i in reversed(range(len(geometry))):
+        counts = read_counts(geometry[i], x.shape[2 + i]).to(x)
+        x = (x.movedim(2 + i, -1) @ counts.mT).movedim(-1, 2 + i)
+    return x.reshape(n, groups, -1).movedim(1, 0)

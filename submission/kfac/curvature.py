@@ -1,0 +1,87 @@
+"""The curvature of one part of a model, as averages: what the statistics' sums become.
+
+Scale (the convention of the whole project): these are blocks of the GGN of the *mean* loss over
+its terms. A ⊗ B, `unitwise` and `diagonal` below need no further factor of N, R or S.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .statistics import DiagonalPart, KroneckerPart, Part, Sums, UnitwisePart
+
+
+@dataclass(frozen=True)
+class KroneckerFactors:
+    """A and B of one linear layer.
+
+    Attributes:
+        input_covariance: A, [P_in, P_in]; with groups [groups, P_in, P_in]; the column of a joint
+            bias comes last. Only the diagonal, [P_in] or [groups, P_in], where `diagonal_input`.
+        gradient_covariance: B, likewise of side P_out.
+    """
+
+    input_covariance: Tensor
+    gradient_covariance: Tensor
+    diagonal_input: bool = False
+    diagonal_gradient: bool = False
+
+    def to_dense(self) -> Tensor:
+        """The GGN block: [groups, P_out·P_in, P_out·P_in], or without groups two dimensions.
+
+        Ordered as the flattened matrix [P_out, P_in] of weight and (joint) bias: B ⊗ A.
+        """
+        a, b = self.input_covariance, self.gradient_covariance
+        a = torch.diag_embed(a) if self.diagonal_input else a
+        b = torch.diag_embed(b) if self.diagonal_gradient else b
+        block = torch.einsum("...oq,...ip->...oiqp", b, a)
+        side = b.shape[-1] * a.shape[-1]
+        return block.reshape(*block.shape[:-4], side, side)
+
+
+@dataclass(frozen=True)
+class UnitwiseCurvature:
+    """2×2 blocks of (scale, shift) of each unit: `blocks` [units, 2, 2] (or [units, 1, 1])."""
+
+    blocks: Tensor
+
+
+@dataclass(frozen=True)
+class DiagonalCurvature:
+    """Diagonal of the GGN of a parameter, in its shape."""
+
+    diagonal: Tensor
+
+
+Curvature = KroneckerFactors | UnitwiseCurvature | DiagonalCurvature
+
+
+def average_sums(part: Part, sums: Sums, terms: Tensor) -> Sums:
+    """Divides sums by their counts: A by rows or examples, everything of gradients by the terms."""
+    if isinstance(part, KroneckerPart):
+        count = sums["count"].clamp(min=1)
+        return {"A": sums["A"] / count, "B": sums["B"] / terms.to(sums["B"].dtype)}
+    return {"F": sums["F"] / terms.to(sums["F"].dtype)}
+
+
+def as_curvature(part: Part, averages: Sums) -> Curvature:
+    """The public view of a part's averages; single groups lose their dimension."""
+    if isinstance(part, KroneckerPart):
+        a, b = averages["A"], averages["B"]
+        if a.shape[0] == 1:
+            a, b = a[0], b[0]
+        return KroneckerFactors(a, b, part.diagonal_input, part.diagonal_gradient)
+    if isinstance(part, UnitwisePart):
+        return UnitwiseCurvature(unitwise_blocks(averages["F"]))
+    assert isinstance(part, DiagonalPart)
+    return DiagonalCurvature(averages["F"])
+
+
+def unitwise_blocks(f: Tensor) -> Tensor:
+    """[3, units] (γγ, γβ, ββ) -> [units, 2, 2]; [1, units] -> [units, 1, 1]."""
+    if f.shape[0] == 1:
+        return f.reshape(-1, 1, 1)
+    return f[[0, 1, 1, 2]].T.reshape(-1, 2, 2)

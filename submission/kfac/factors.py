@@ -1,0 +1,75 @@
+"""K-FAC-expand and K-FAC-reduce: pure functions from rows to the sums behind A and B.
+
+Both turn rows a (inputs) and g (would-be gradients of the outputs) into sums of outer products;
+they differ in what a row is. Equation numbers are those of Eschenhagen et al. (NeurIPS 2023).
+
+- expand (eq. 7): every shared position is a row of its own,
+      A = 1/(N R) Σ_n Σ_r a_nr a_nrᵀ,      B = 1/terms Σ_n Σ_r g_nr g_nrᵀ.
+- reduce (eq. 10): an example is one row, inputs averaged and gradients summed over positions,
+      A = 1/N Σ_n ā_n ā_nᵀ,  ā_n = 1/R Σ_r a_nr,      B = 1/terms Σ_n b̂_n b̂_nᵀ,  b̂_n = Σ_r g_nr.
+- ragged reduce (eq. 55): with R_n rows in example n, â_n = Σ_r a_nr / √R_n and
+  b̂_n = Σ_r g_nr / √R_n; `RAGGED_SCALINGS` has the alternatives.
+
+A joint bias is a column of ones appended to the rows before anything else.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+RAGGED_SCALINGS: dict[str, tuple[float, float]] = {
+    # exponents (p, q): a summed and divided by R_n^p, g summed and divided by R_n^q; p + q = 1.
+    "sqrt": (0.5, 0.5),
+    "mean_sum": (1.0, 0.0),
+    "sum_mean": (0.0, 1.0),
+}
+
+
+def add_outer_products(moment: Tensor, rows: Tensor) -> None:
+    """moment += Σ row rowᵀ in place; moment [..., d, d] or diagonal [..., d], rows [..., n, d]."""
+    if moment.dim() == rows.dim() - 1:
+        moment.add_(rows.square().sum(-2))
+    elif moment.dim() == 2:
+        moment.addmm_(rows.mT, rows)
+    else:
+        moment.baddbmm_(rows.mT, rows)
+
+
+def border_with_ones(moment: Tensor, row_sum: Tensor, count: Tensor | float) -> None:
+    """Fills the row and column that a column of ones adds to a sum of outer products, in place.
+
+    moment [..., d + 1, d + 1] (or diagonal [..., d + 1]): its leading d×d part is not touched;
+    row_sum [..., d] = Σ row, count = number of rows. Both are added.
+    """
+    if moment.dim() == row_sum.dim():
+        moment[..., -1] += count
+        return
+    moment[..., :-1, -1] += row_sum
+    moment[..., -1, :-1] += row_sum
+    moment[..., -1, -1] += count
+
+
+def reduce_scales(
+    rows_per_example: Tensor, ragged: bool, ragged_scaling: str
+) -> tuple[Tensor, Tensor | None]:
+    """Factors that turn sums over an example's rows into â_n and b̂_n (eq. 10, eq. 55).
+
+    Args:
+        rows_per_example: R_n, [N]; an empty example has 0.
+        ragged: whether examples may differ in R_n; otherwise a is averaged and g summed.
+        ragged_scaling: a key of RAGGED_SCALINGS.
+
+    Returns:
+        (scale of Σ a, [N, 1]; scale of Σ g, [N, 1], or None for 1).
+    """
+    input_power, gradient_power = RAGGED_SCALINGS[ragged_scaling] if ragged else (1.0, 0.0)
+    counts = rows_per_example.clamp(min=1).unsqueeze(-1)
+    input_scale = counts.pow(-input_power)
+    return input_scale, None if gradient_power == 0 else counts.pow(-gradient_power)
+
+
+def append_ones(rows: Tensor, value: Tensor | float = 1.0) -> Tensor:
+    """[..., d] -> [..., d + 1] with `value` (broadcast over the rows) as the last column."""
+    column = torch.as_tensor(value, dtype=rows.dtype, device=rows.device)
+    return torch.cat([rows, column.expand(*rows.shape[:-1], 1)], -1)

@@ -1,0 +1,164 @@
+"""Curvature of a model on one batch, without an optimizer: for experiments, tests and Laplace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .capture import Recording
+from .curvature import Curvature, KroneckerFactors, as_curvature, average_sums
+from .likelihoods import Likelihood, as_likelihood
+from .partition import demote_uncalled, partition, unwrap
+from .sharing import SharingRule
+from .statistics import KroneckerPart
+
+
+def kronecker_factors(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    likelihood: Likelihood | str,
+    kfac_approx: str,
+    fisher_type: str = "mc",
+    mc_samples: int = 1,
+    mask: Tensor | None = None,
+    sharing: SharingRule = None,
+    generator: torch.Generator | None = None,
+    targets: Tensor | None = None,
+    ragged_scaling: str = "sqrt",
+    joint_bias: bool = True,
+) -> dict[str, KroneckerFactors]:
+    """A and B of every linear layer of a model on one batch.
+
+    A ⊗ B estimates the layer's block of the GGN of the mean loss over its terms.
+
+    Args:
+        model: its mode (train or eval) is used as it is; nothing about it changes.
+        inputs: a tensor or any single argument; a plain tuple or list is passed as several
+            arguments, a dict as keyword arguments.
+        likelihood: "categorical", "bernoulli", "gaussian" or a `Likelihood`.
+        kfac_approx: "expand" or "reduce".
+        fisher_type: "mc", "type-2" (exact) or "empirical" (needs `targets`).
+        mc_samples: label samples for "mc".
+        mask: which loss terms count, see `likelihoods`.
+        sharing: see `sharing.resolve`.
+        generator: of the label samples; by default one with a fixed seed, so repeated calls
+            agree. Pass your own for independent draws.
+        targets: true labels, where they are needed.
+        ragged_scaling: see `factors.RAGGED_SCALINGS`.
+        joint_bias: whether the bias is a column of the weight; otherwise it is a block of its own
+            (the last row and column of A are zero but for the corner).
+
+    Returns:
+        Layer name -> factors.
+    """
+    everything = curvature(
+        model,
+        inputs,
+        likelihood=likelihood,
+        kfac_approx=kfac_approx,
+        fisher_type=fisher_type,
+        mc_samples=mc_samples,
+        mask=mask,
+        sharing=sharing,
+        generator=generator,
+        targets=targets,
+        ragged_scaling=ragged_scaling,
+        joint_bias=joint_bias,
+        layers_only=True,
+    )
+    return {
+        name: block for name, block in everything.items() if isinstance(block, KroneckerFactors)
+    }
+
+
+def curvature(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    likelihood: Likelihood | str,
+    kfac_approx: str,
+    fisher_type: str = "mc",
+    mc_samples: int = 1,
+    mask: Tensor | None = None,
+    sharing: SharingRule = None,
+    generator: torch.Generator | None = None,
+    targets: Tensor | None = None,
+    ragged_scaling: str = "sqrt",
+    joint_bias: bool = True,
+    max_factor_side: int = 8192,
+    layers_only: bool = False,
+) -> dict[str, Curvature]:
+    """Curvature of all trainable parameters; arguments as in `kronecker_factors`.
+
+    Args:
+        max_factor_side: larger sides keep only the diagonal of their factor.
+        layers_only: leave out everything but linear layers.
+
+    Returns:
+        Layer name -> `KroneckerFactors` or, for normalisation layers, `UnitwiseCurvature`;
+        parameter name -> `DiagonalCurvature` for parameters in no supported layer.
+    """
+    model = unwrap(model)
+    parts = partition(
+        model, approx=kfac_approx, joint_bias=joint_bias, max_factor_side=max_factor_side
+    )
+    likelihood = as_likelihood(likelihood)
+    kept = [p for p in parts.parts if not layers_only or isinstance(p, KroneckerPart)]
+    with _undisturbed(model), torch.enable_grad():
+        recording = Recording(kept, sharing, ragged_scaling)
+        with recording:
+            logits = _call(model, inputs)
+        if not layers_only and 0 in recording.calls.values():
+            parts = demote_uncalled(parts, recording.calls)
+            recording.replace_uncalled(parts.parts)
+    if generator is None and fisher_type == "mc":
+        generator = torch.Generator(logits.device).manual_seed(0)
+    vectors = likelihood.would_be_gradients(
+        logits,
+        fisher_type=fisher_type,
+        mc_samples=mc_samples,
+        mask=mask,
+        targets=targets,
+        generator=generator,
+    )
+    for vector in vectors:
+        recording.fisher_pass(logits, vector, zero_mean=fisher_type == "mc")
+    recording.release()
+    terms = likelihood.terms(logits.detach(), mask, targets).clamp(min=torch.finfo().tiny)
+    called = {part.name: part for part in parts.parts if part.name in recording.sums}
+    return {
+        name: as_curvature(part, average_sums(part, recording.sums[name], terms))
+        for name, part in called.items()
+    }
+
+
+def _call(model: nn.Module, inputs: Any) -> Tensor:
+    if type(inputs) in (tuple, list):
+        output = model(*inputs)
+    elif isinstance(inputs, Mapping):
+        output = model(**inputs)
+    else:
+        output = model(inputs)
+    if not isinstance(output, Tensor):
+        raise TypeError(f"the model must return a tensor of logits, not {type(output).__name__}")
+    return output
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Leaves buffers (running statistics) and the global random state as they were."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in buffers and not torch.equal(buffer, buffers[name]):
+                    buffer.copy_(buffers[name])

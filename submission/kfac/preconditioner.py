@@ -1,0 +1,354 @@
+"""KFAC: the object that a training loop holds.
+
+It owns all state (factors, inverses, counters, the label sampler) and orchestrates the pure parts
+of this package. One step of training:
+
+    with kfac.record():                      # hooks only on the steps that need factors
+        logits = model(x)
+    kfac.update(logits, likelihood="categorical")   # Fisher pass, on those steps
+    loss_fn(logits, y).backward()            # the ordinary gradient of the mean loss
+    kfac.precondition()                      # p.grad <- (curvature + damping)^-1 p.grad
+    optimizer.step()
+
+With gradient accumulation, record, update and backward are repeated before one `precondition`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import distributed, inverses
+from .capture import Recording
+from .config import KFACConfig
+from .curvature import Curvature, as_curvature, average_sums
+from .gradients import read_gradient, write_gradient
+from .likelihoods import Likelihood, as_likelihood
+from .partition import demote_uncalled, partition, unwrap
+from .report import ReportRow, format_report, report_rows
+from .sharing import SharingRule
+from .statistics import Sums, add_sums
+
+logger = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+
+
+class KFACError(RuntimeError):
+    """Training cannot go on: too many updates in a row failed."""
+
+
+class KFAC:
+    """Kronecker-factored preconditioner of a model's gradients.
+
+    Args:
+        model: any module; wrappers of DDP and torch.compile are looked through.
+        config: see `KFACConfig`.
+
+    Attributes:
+        config: the settings; `damping` may change during training, see the property.
+        step: number of finished steps (calls of `precondition`).
+        failures: events so far in which an update was dropped, by kind.
+        seconds: time spent so far in "factors", "inverses" and "precondition" (on a GPU the time
+            to launch the work, since nothing waits for it).
+    """
+
+    def __init__(self, model: nn.Module, config: KFACConfig | None = None) -> None:
+        self.config = config or KFACConfig()
+        self.step = 0
+        self.failures = {"statistics": 0, "inverse": 0}
+        self.seconds = {"factors": 0.0, "inverses": 0.0, "precondition": 0.0}
+        self._partition = partition(
+            unwrap(model),
+            approx=self.config.kfac_approx,
+            joint_bias=self.config.joint_bias,
+            max_factor_side=self.config.max_factor_side,
+        )
+        self._damping = self.config.damping
+        self._averages: dict[str, Sums] = {}
+        self._inverses: dict[str, inverses.Inverse] = {}
+        self._updates = 0
+        self._failures_in_a_row = 0
+        self._inverses_stale = False
+        self._recording: Recording | None = None
+        self._pending: dict[str, Sums] = {}
+        self._pending_terms: Tensor | None = None
+        self._shared_over: dict[str, str] = {}
+        device = next(unwrap(model).parameters()).device
+        self._generator = torch.Generator(device)
+        self._generator.manual_seed(self.config.seed + distributed.rank())
+
+    # ---- what is due ------------------------------------------------------------------------
+
+    @property
+    def damping(self) -> float:
+        """λ in use. Setting it makes the next `precondition` renew the inverses."""
+        return self._damping
+
+    @damping.setter
+    def damping(self, value: float) -> None:
+        if not value > 0:
+            raise ValueError(f"damping must be positive, not {value}")
+        self._inverses_stale = self._inverses_stale or value != self._damping
+        self._damping = value
+
+    @property
+    def factors_due(self) -> bool:
+        """Whether this step updates the factors."""
+        return self._due(self.config.factor_update_steps)
+
+    def _due(self, interval: int) -> bool:
+        # Curvature changes fastest at the start (a zero-initialised head gives the layers below
+        # it no curvature at all in step 0), so the first interval has updates at 0, 1, 2, 4, 8, ...
+        early = self.config.early_updates and self.step < interval
+        return self.step % interval == 0 or (early and self.step & (self.step - 1) == 0)
+
+    # ---- one step ---------------------------------------------------------------------------
+
+    @contextmanager
+    def record(self, sharing: SharingRule = None) -> Iterator[None]:
+        """Records the forward pass inside, if this step updates the factors.
+
+        Args:
+            sharing: how rows share weights where the first dimension does not count the examples
+                (graphs, padded sequences): see `sharing.resolve`.
+        """
+        self._recording = None
+        if not self.factors_due:
+            yield
+            return
+        recording = Recording(self._partition.parts, sharing, self.config.ragged_scaling)
+        with recording:
+            yield
+        self._recording = recording
+
+    def update(
+        self,
+        logits: Tensor,
+        likelihood: Likelihood | str,
+        *,
+        mask: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> None:
+        """Runs the Fisher pass of a recorded forward pass; does nothing on other steps.
+
+        Call it before the loss's backward pass, which needs the same graph.
+
+        Args:
+            logits: the model's output.
+            likelihood: "categorical", "bernoulli", "gaussian" or a `Likelihood`.
+            mask: which terms count (bool or weights), see `likelihoods`.
+            targets: the labels, for fisher_type="empirical" and ignore_index only.
+
+        Raises:
+            RuntimeError: this step needs factors, but the forward pass was not recorded.
+        """
+        if not self.factors_due:
+            return
+        recording, self._recording = self._recording, None
+        if recording is None:
+            raise RuntimeError("KFAC.update needs a forward pass inside `with kfac.record():`")
+        start = time.perf_counter()
+        likelihood = as_likelihood(likelihood)
+        vectors = likelihood.would_be_gradients(
+            logits,
+            fisher_type=self.config.fisher_type,
+            mc_samples=self.config.mc_samples,
+            mask=mask,
+            targets=targets,
+            generator=self._generator,
+        )
+        if not self._shared_over:
+            self._shared_over = recording.shared_over()
+            self._partition = demote_uncalled(self._partition, recording.calls)
+            recording.replace_uncalled(self._partition.parts)
+        for vector in vectors:
+            recording.fisher_pass(logits, vector, zero_mean=self.config.fisher_type == "mc")
+        for name, sums in recording.sums.items():
+            if name in self._pending:
+                add_sums(self._pending[name], sums)
+            else:
+                self._pending[name] = sums
+        terms = likelihood.terms(logits.detach(), mask, targets)
+        self._pending_terms = terms if self._pending_terms is None else self._pending_terms + terms
+        recording.release()
+        self.seconds["factors"] += time.perf_counter() - start
+
+    @torch.no_grad()
+    def precondition(self) -> None:
+        """Replaces the gradients by preconditioned ones and ends the step.
+
+        First takes in the factors of this step, and renews the inverses when they are due.
+
+        Raises:
+            KFACError: `max_failures` updates in a row had to be dropped.
+        """
+        start = time.perf_counter()
+        if self._pending_terms is not None:
+            self._take_in_pending()
+        factors_done = time.perf_counter()
+        if self._averages and (
+            self._due(self.config.inverse_update_steps)
+            or not self._inverses
+            or self._inverses_stale
+        ):
+            self._renew_inverses()
+        inverses_done = time.perf_counter()
+        for part in self._partition.parts:
+            inverse = self._inverses.get(part.name)
+            gradient = None if inverse is None else read_gradient(part)
+            if inverse is not None and gradient is not None:
+                result = inverses.precondition(part, inverse, gradient.to(_dtype(inverse)))
+                write_gradient(part, result)
+        self.step += 1
+        self.seconds["factors"] += factors_done - start
+        self.seconds["inverses"] += inverses_done - factors_done
+        self.seconds["precondition"] += time.perf_counter() - inverses_done
+
+    def _take_in_pending(self) -> None:
+        """Adds up the pending sums over ranks and moves the averages towards them."""
+        terms, pending = self._pending_terms, self._pending
+        self._pending, self._pending_terms = {}, None
+        assert terms is not None
+        flat = [tensor for sums in pending.values() for tensor in sums.values()]
+        distributed.all_reduce_sums([terms, *flat])
+        finite = torch.stack([tensor.sum(dtype=torch.float64) for tensor in flat]).isfinite().all()
+        if not bool(finite & (terms > 0) & terms.isfinite()):
+            self._fail("statistics", "the batch gave non-finite statistics or had no valid label")
+            return
+        self._failures_in_a_row = 0
+        # A bias-corrected moving average: the t-th update gets weight (1 - d) / (1 - d^t).
+        self._updates += 1
+        decay = self.config.factor_decay
+        weight = (1 - decay) / (1 - decay**self._updates)
+        for part in self._partition.parts:
+            if part.name not in pending:
+                continue
+            new = average_sums(part, pending[part.name], terms)
+            old = self._averages.get(part.name)
+            if old is None or weight == 1:
+                self._averages[part.name] = new
+            else:
+                for key, value in new.items():
+                    old[key].lerp_(value, weight)
+
+    def _renew_inverses(self) -> None:
+        self._inverses_stale = False
+        kind, relative = self.config.damping_kind, self.config.relative_damping
+        for part in self._partition.parts:
+            averages = self._averages.get(part.name)
+            if averages is None or not self._is_preconditioned(part):
+                continue
+            inverse = inverses.invert(part, averages, kind, self._damping, relative)
+            if inverse is None:
+                self._fail("inverse", f"the factors of layer '{part.name}' could not be inverted")
+            else:
+                self._inverses[part.name] = inverse
+
+    def _is_preconditioned(self, part: Any) -> bool:
+        return self.config.fallback == "diagonal" or part.name not in self._partition.reasons
+
+    def _fail(self, kind: str, message: str) -> None:
+        self.failures[kind] += 1
+        self._failures_in_a_row += 1
+        logger.warning("K-FAC step %d: %s; the previous ones stay in use", self.step, message)
+        if self._failures_in_a_row >= self.config.max_failures:
+            raise KFACError(
+                f"{self._failures_in_a_row} K-FAC updates in a row failed, the last because "
+                f"{message}. Lower the learning rate or raise the damping (now {self._damping:g})."
+            )
+
+    # ---- what it holds ----------------------------------------------------------------------
+
+    def curvature(self) -> dict[str, Curvature]:
+        """Name of a layer (or parameter outside layers) -> its current curvature."""
+        return {
+            part.name: as_curvature(part, self._averages[part.name])
+            for part in self._partition.parts
+            if part.name in self._averages
+        }
+
+    def report(self) -> list[ReportRow]:
+        """What preconditions every parameter; the sharing is known after the first update."""
+        return report_rows(self._partition, self.config.fallback, self._shared_over)
+
+    def describe(self) -> str:
+        """The report as a text table."""
+        return format_report(self.report())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs: tensors and plain Python values only."""
+        return {
+            "version": STATE_VERSION,
+            "kfac_approx": self.config.kfac_approx,
+            "step": self.step,
+            "updates": self._updates,
+            "damping": self._damping,
+            "inverses_stale": self._inverses_stale,
+            "failures": dict(self.failures),
+            "failures_in_a_row": self._failures_in_a_row,
+            "seconds": dict(self.seconds),
+            "shared_over": dict(self._shared_over),
+            "parts": [part.name for part in self._partition.parts],
+            "averages": {name: dict(sums) for name, sums in self._averages.items()},
+            "inverses": {name: dict(inverse) for name, inverse in self._inverses.items()},
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores a state; tensors move to the device of the parameters.
+
+        Raises:
+            ValueError: the state belongs to another version, approximation or model.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(
+                f"K-FAC state has version {state.get('version')}, this code reads {STATE_VERSION}"
+            )
+        if state["kfac_approx"] != self.config.kfac_approx:
+            raise ValueError(
+                f"K-FAC state was made with kfac_approx={state['kfac_approx']!r}, not "
+                f"{self.config.kfac_approx!r}"
+            )
+        if state["shared_over"]:
+            called = {name: int(name in state["parts"]) for name in self._part_names()}
+            self._partition = demote_uncalled(self._partition, called)
+        names = self._part_names()
+        if names != list(state["parts"]):
+            differing = sorted(set(names) ^ set(state["parts"]))
+            raise ValueError(f"K-FAC state belongs to another model: it differs in {differing[:5]}")
+        device = self._generator.device
+        self.step = int(state["step"])
+        self._updates = int(state["updates"])
+        self._damping = float(state["damping"])
+        self._inverses_stale = bool(state["inverses_stale"])
+        self.failures = {k: int(v) for k, v in state["failures"].items()}
+        self._failures_in_a_row = int(state["failures_in_a_row"])
+        self.seconds = {k: float(v) for k, v in state["seconds"].items()}
+        self._shared_over = dict(state["shared_over"])
+        self._averages = _to_device(state["averages"], device)
+        self._inverses = _to_device(state["inverses"], device)
+        self._generator.set_state(state["generator"].cpu())
+        self._pending, self._pending_terms, self._recording = {}, None, None
+
+    def _part_names(self) -> list[str]:
+        return [part.name for part in self._partition.parts]
+
+
+def _dtype(inverse: inverses.Inverse) -> torch.dtype:
+    return next(iter(inverse.values())).dtype
+
+
+def _to_device(
+    tensors: Mapping[str, Mapping[str, Tensor]], device: torch.device
+) -> dict[str, dict[str, Tensor]]:
+    return {
+        name: {key: value.detach().to(device, copy=True) for key, value in group.items()}
+        for name, group in tensors.items()
+    }

@@ -1,0 +1,274 @@
+"""What one recording collects: sums over rows, additive over micro-batches and over ranks.
+
+Every part of a model has a `Part` (what is approximated, and how) and, while recording, a
+`Collector`: it is told of each call of the module in the forward pass and of each would-be
+gradient of an output in a Fisher pass. Its `sums` are the additive statistics; dividing them by
+the counts is left to `curvature`, after everything has been added up.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import factors
+from .layers import Kind
+from .norms import NormKind, example_gradients
+from .sharing import Sharing, count_examples, count_rows, rows_per_example
+
+Sums = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class KroneckerPart:
+    """A linear layer with a pair of Kronecker factors per group.
+
+    Args:
+        name: the module's name in the model.
+        diagonal_input, diagonal_gradient: only the diagonal of A, or B, is kept.
+    """
+
+    name: str
+    module: nn.Module
+    kind: Kind
+    approx: str
+    has_bias: bool
+    joint_bias: bool
+    diagonal_input: bool
+    diagonal_gradient: bool
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(P_out, P_in), the column of ones included."""
+        out_side, in_side = self.kind.sides(self.module)
+        return out_side, in_side + int(self.has_bias)
+
+
+@dataclass(frozen=True)
+class UnitwisePart:
+    """Scale and shift of a normalisation layer: one 2×2 (or 1×1) block per unit."""
+
+    name: str
+    module: nn.Module
+    kind: NormKind
+    has_bias: bool
+
+
+@dataclass(frozen=True)
+class DiagonalPart:
+    """A parameter that is in no supported layer: the diagonal of its GGN."""
+
+    name: str
+    parameter: nn.Parameter
+
+
+Part = KroneckerPart | UnitwisePart | DiagonalPart
+
+
+def statistics_dtype(parameter: Tensor) -> torch.dtype:
+    """float64 for float64 parameters, float32 for all others: sums are never kept in half."""
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+class Collector(ABC):
+    """Collects the sums of one module over the calls and Fisher passes of one recording."""
+
+    def __init__(self) -> None:
+        self.sums: Sums = {}
+        self.sharings: list[Sharing] = []
+        self.positions = "-"
+
+    @property
+    def calls(self) -> int:
+        """How often the module was called in this recording."""
+        return len(self.sharings)
+
+    def sharing_in_words(self) -> str:
+        """For the report: over what the first call's rows were shared."""
+        words = self.positions if self.positions == "1" else f"{self.positions} positions"
+        if self.sharings[0].is_ragged:
+            words = "ragged rows"
+        return words if self.calls == 1 else f"{words}, {self.calls} calls"
+
+    @abstractmethod
+    def forward(self, x: Tensor, sharing: Sharing) -> None:
+        """Takes the input of one call; the call's number is the count of calls before it."""
+
+    @abstractmethod
+    def gradient(self, call: int, g: Tensor) -> None:
+        """Takes a would-be gradient of the output of one call."""
+
+    def end_forward(self) -> None:  # noqa: B027 - most have nothing to finish
+        """All calls of the forward pass have been seen."""
+
+    def end_pass(self) -> None:  # noqa: B027
+        """All gradients of one Fisher pass have been seen."""
+
+
+class ExpandCollector(Collector):
+    """Sums of K-FAC-expand: every row counts for itself (eq. 7)."""
+
+    def __init__(self, part: KroneckerPart) -> None:
+        super().__init__()
+        self.part = part
+        self.sums = empty_kronecker_sums(part)
+
+    def forward(self, x: Tensor, sharing: Sharing) -> None:
+        part = self.part
+        leading = part.kind.leading(part.module, x, sharing)
+        self.positions = str(leading[-1]) if len(leading) > 1 else "-"
+        part.kind.add_second_moment(
+            self.sums["A"], part.module, x, sharing, part.has_bias and part.joint_bias
+        )
+        count = count_rows(leading, sharing)
+        if part.has_bias and not part.joint_bias:
+            _corner(self.sums["A"]).add_(count)
+        self.sums["count"] += count
+        self.sharings.append(sharing)
+
+    def gradient(self, call: int, g: Tensor) -> None:
+        part = self.part
+        moment = self.sums["B"]
+        rows = part.kind.gradient_rows(part.module, g, self.sharings[call]).to(moment.dtype)
+        factors.add_outer_products(moment, rows)
+
+
+class ReduceCollector(Collector):
+    """Sums of K-FAC-reduce: an example's rows over all calls become one (eq. 10, eq. 55)."""
+
+    def __init__(self, part: KroneckerPart, ragged_scaling: str) -> None:
+        super().__init__()
+        self.part = part
+        self.ragged_scaling = ragged_scaling
+        self.sums = empty_kronecker_sums(part)
+        self._inputs: Tensor | None = None
+        self._gradients: Tensor | None = None
+        self._rows: Tensor | None = None
+        self._gradient_scale: Tensor | None = None
+
+    def forward(self, x: Tensor, sharing: Sharing) -> None:
+        part, dtype = self.part, self.sums["A"].dtype
+        leading = part.kind.leading(part.module, x, sharing)
+        self.positions = str(leading[-1]) if len(leading) > 1 else "-"
+        inputs = part.kind.summed_inputs(part.module, x, sharing, dtype)
+        rows = rows_per_example(leading, sharing, inputs)
+        self._inputs = inputs if self._inputs is None else self._inputs + inputs
+        self._rows = rows if self._rows is None else self._rows + rows
+        if not self.sharings:
+            self.sums["count"] += count_examples(leading, sharing)
+        self.sharings.append(sharing)
+
+    def end_forward(self) -> None:
+        if self._inputs is None or self._rows is None:
+            return
+        part, moment = self.part, self.sums["A"]
+        ragged = any(sharing.is_ragged for sharing in self.sharings)
+        scale, self._gradient_scale = factors.reduce_scales(self._rows, ragged, self.ragged_scaling)
+        rows = self._inputs * scale
+        if part.has_bias:
+            rows = factors.append_ones(rows, self._rows.unsqueeze(-1) * scale)
+        factors.add_outer_products(moment, rows)
+        if part.has_bias and not part.joint_bias and moment.dim() == 3:
+            moment[:, :-1, -1] = 0
+            moment[:, -1, :-1] = 0
+        self._inputs = self._rows = None
+
+    def gradient(self, call: int, g: Tensor) -> None:
+        part = self.part
+        total = part.kind.summed_gradients(
+            part.module, g, self.sharings[call], self.sums["B"].dtype
+        )
+        self._gradients = total if self._gradients is None else self._gradients + total
+
+    def end_pass(self) -> None:
+        if self._gradients is None:
+            return
+        rows = self._gradients
+        if self._gradient_scale is not None:
+            rows = rows * self._gradient_scale
+        factors.add_outer_products(self.sums["B"], rows)
+        self._gradients = None
+
+
+class UnitwiseCollector(Collector):
+    """Sums of per-example gradient products of scale and shift: [1 or 3, units].
+
+    Rows are (γγ), or (γγ, γβ, ββ).
+    """
+
+    def __init__(self, part: UnitwisePart) -> None:
+        super().__init__()
+        self.part = part
+        self.sums = empty_unitwise_sums(part)
+        self._inputs: list[Tensor] = []
+        self._gradients: Tensor | None = None
+
+    def forward(self, x: Tensor, sharing: Sharing) -> None:
+        self._inputs.append(x)
+        self.sharings.append(sharing)
+
+    def gradient(self, call: int, g: Tensor) -> None:
+        part = self.part
+        total = example_gradients(
+            part.kind, part.module, self._inputs[call], g, self.sharings[call], self.sums["F"].dtype
+        )
+        self._gradients = total if self._gradients is None else self._gradients + total
+
+    def end_pass(self) -> None:
+        if self._gradients is None:
+            return
+        grads = self._gradients
+        first = grads[[0, 0, 1]] if self.part.has_bias else grads
+        second = grads[[0, 1, 1]] if self.part.has_bias else grads
+        self.sums["F"] += (first * second).sum(1)
+        self._gradients = None
+
+
+def _corner(moment: Tensor) -> Tensor:
+    """The entries of A that belong to the bias alone, a view: [groups]."""
+    return moment[:, -1] if moment.dim() == 2 else moment[:, -1, -1]
+
+
+def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.zeros(shape, dtype=statistics_dtype(like), device=like.device)
+
+
+def empty_kronecker_sums(part: KroneckerPart) -> Sums:
+    """Zero sums: A [groups, P_in, P_in] or diagonal [groups, P_in], B likewise, count []."""
+    weight = part.module.weight
+    assert isinstance(weight, Tensor)
+    groups = part.kind.groups(part.module)
+    out_side, in_side = part.sides
+    a_shape = (groups, in_side) if part.diagonal_input else (groups, in_side, in_side)
+    b_shape = (groups, out_side) if part.diagonal_gradient else (groups, out_side, out_side)
+    return {"A": _zeros(a_shape, weight), "B": _zeros(b_shape, weight), "count": _zeros((), weight)}
+
+
+def empty_unitwise_sums(part: UnitwisePart) -> Sums:
+    """Zero sums: F [3, units], or [1, units] without a shift."""
+    weight = part.module.weight
+    assert isinstance(weight, Tensor)
+    return {"F": _zeros((3 if part.has_bias else 1, weight.numel()), weight)}
+
+
+def empty_diagonal_sums(part: DiagonalPart) -> Sums:
+    """Zero sums: F in the shape of the parameter."""
+    return {"F": _zeros(tuple(part.parameter.shape), part.parameter)}
+
+
+def add_sums(total: Sums, extra: Sums) -> None:
+    """total += extra, in place."""
+    for key, value in extra.items():
+        total[key] += value
+
+
+def make_collector(part: KroneckerPart | UnitwisePart, ragged_scaling: str) -> Collector:
+    """A fresh collector for a part."""
+    if isinstance(part, UnitwisePart):
+        return UnitwiseCollector(part)
+    if part.approx == "expand":
+        return ExpandCollector(part)
+    return ReduceCollector(part, ragged_scaling)
