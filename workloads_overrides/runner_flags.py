@@ -1,0 +1,152 @@
+"""The flags of AlgoPerf's `submission_runner`, read and completed before AlgoPerf is imported.
+
+AlgoPerf parses its flags with absl after seconds of imports and fails late: on a missing search
+space only after it built the data set, and an existing run folder makes it wait for an answer on
+the terminal. Here the same mistakes cost one line.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from workloads_overrides.errors import LaunchError
+
+REQUIRED = ("workload", "data_dir", "experiment_name")
+DEFAULTS = {
+    "framework": "pytorch",
+    "submission_path": "submission/submission.py",
+    "experiment_dir": "runs",
+}
+DEFAULT_SEARCH_SPACE = "tuning_search_space.json"
+
+
+@dataclass(frozen=True)
+class RunnerFlags:
+    """A command line in absl's syntax: `--name=value`, `--name value`, `--flag`, `--noflag`."""
+
+    argv: tuple[str, ...]
+
+    def value(self, name: str) -> str | None:
+        """The last value given for a flag, None where it was not given."""
+        found = None
+        for position, token in enumerate(self.argv):
+            key, equals, value = _split(token)
+            if key != name:
+                continue
+            following = self.argv[position + 1 : position + 2]
+            found = value if equals else "".join(following)
+        return found
+
+    def is_on(self, name: str) -> bool:
+        """Whether a boolean flag was switched on."""
+        on = False
+        for token in self.argv:
+            key, equals, value = _split(token)
+            if key == name:
+                on = not equals or value.lower() in ("true", "t", "1", "yes", "y")
+            elif key == f"no{name}":
+                on = False
+        return on
+
+    def mentions(self, name: str) -> bool:
+        """Whether a flag was given at all, a boolean one with or without `no`."""
+        return any(_split(token)[0] in (name, f"no{name}") for token in self.argv)
+
+    def with_default(self, name: str, value: str | int | None = None) -> "RunnerFlags":
+        """Adds a flag unless it was given."""
+        if self.mentions(name):
+            return self
+        token = f"--{name}" if value is None else f"--{name}={value}"
+        return RunnerFlags((*self.argv, token))
+
+    def replaced(self, name: str, value: str) -> "RunnerFlags":
+        """Appends a flag; absl takes the last one given."""
+        return RunnerFlags((*self.argv, f"--{name}={value}"))
+
+
+def complete(argv: Sequence[str], working_directory: Path) -> RunnerFlags:
+    """Checks the runner's flags and adds those that follow from the others.
+
+    Added unless given: `DEFAULTS` and the search space; `--resume_last_run`, so that the runner
+    never waits for an answer; for the ImageNet workloads `--imagenet_v2_data_dir`, which AlgoPerf
+    keeps in the same folder.
+
+    Args:
+        argv: The flags as typed, without the program's name.
+        working_directory: Folder that AlgoPerf resolves `--submission_path` in.
+
+    Raises:
+        LaunchError: A flag is missing, or names a file or folder that is not there.
+    """
+    flags = RunnerFlags(tuple(argv))
+    missing = [f"--{name}" for name in REQUIRED if not flags.value(name)]
+    if missing:
+        raise LaunchError(f"missing: {', '.join(missing)} (flags of AlgoPerf's submission_runner)")
+    framework = flags.value("framework")
+    if framework not in (None, "pytorch"):
+        raise LaunchError(f"--framework={framework}: this submission is for pytorch")
+    for name, value in DEFAULTS.items():
+        flags = flags.with_default(name, value)
+    if flags.value("tuning_ruleset") != "self":
+        flags = flags.with_default("tuning_search_space", DEFAULT_SEARCH_SPACE)
+        _check_search_space(Path(str(flags.value("tuning_search_space"))))
+    flags = _with_module_path(flags, working_directory)
+    data_dir = Path(str(flags.value("data_dir"))).expanduser()
+    if not data_dir.is_dir():
+        raise LaunchError(f"--data_dir={data_dir}: no such folder; give the data set's folder")
+    if str(flags.value("workload")).startswith("imagenet"):
+        flags = flags.with_default("imagenet_v2_data_dir", str(data_dir))
+    if not flags.is_on("overwrite"):
+        flags = flags.with_default("resume_last_run")
+    return flags
+
+
+def trial_folders(flags: RunnerFlags) -> Path | None:
+    """The folder that will hold `trial_*`; None if its name is only known when the run starts."""
+    if flags.is_on("append_timestamp"):
+        return None
+    root = Path(str(flags.value("experiment_dir"))).expanduser()
+    workload_folder = f"{flags.value('workload')}_{flags.value('framework')}"
+    return root / str(flags.value("experiment_name")) / workload_folder
+
+
+def _split(token: str) -> tuple[str | None, str, str]:
+    if not token.startswith("-"):
+        return None, "", ""
+    key, equals, value = token.lstrip("-").partition("=")
+    return key, equals, value
+
+
+def _with_module_path(flags: RunnerFlags, working_directory: Path) -> RunnerFlags:
+    """AlgoPerf turns the path into a dotted module name: it has to be relative."""
+    given = Path(str(flags.value("submission_path")))
+    absolute = working_directory / given
+    if absolute.suffix != ".py" or not absolute.is_file():
+        raise LaunchError(
+            f"--submission_path={given}: no such Python file in {working_directory}; "
+            "run from the repository's folder with --submission_path=submission/submission.py"
+        )
+    try:
+        relative = absolute.resolve().relative_to(working_directory.resolve())
+    except ValueError:
+        raise LaunchError(
+            f"--submission_path={given}: AlgoPerf needs a path inside the current folder, "
+            f"{working_directory}"
+        ) from None
+    if str(relative) == str(given):
+        return flags
+    return flags.replaced("submission_path", relative.as_posix())
+
+
+def _check_search_space(path: Path) -> None:
+    try:
+        space = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LaunchError(f"--tuning_search_space={path}: {error.strerror}") from None
+    except ValueError as error:
+        raise LaunchError(f"--tuning_search_space={path}: not JSON ({error})") from None
+    if not isinstance(space, dict | list) or not space:
+        raise LaunchError(
+            f"--tuning_search_space={path}: must hold a non-empty JSON object or list of objects"
+        )
