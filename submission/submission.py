@@ -1,0 +1,238 @@
+"""K-FAC-expand and K-FAC-reduce as an AlgoPerf training algorithm.
+
+The functions below are AlgoPerf's interface. `update_params` is one step:
+
+    forward        inputs are recorded where this step updates the factors
+    factors        would-be gradients, to the layer outputs only      (eq. 7 or 10)
+    backward       the gradient of the globally normalised loss
+    precondition   (A ⊗ B + damping)⁻¹ · gradient
+    update         the base rule (Nesterov or NAdamW) on the preconditioned gradient
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .algoperf_compat import spec
+from .batch_structure import likelihood_of, mask_of, sharing_of
+from .hyperparameters import Hyperparameters
+from .kfac import KFAC
+from .kfac.distributed import world_size
+from .optimizers import UPDATE_RULES
+from .run import Run
+from .schedules import SCHEDULES
+
+BATCH_SIZES = {
+    "criteo1tb": 262_144,
+    "fastmri": 32,
+    "imagenet_resnet": 1024,
+    "imagenet_resnet_silu": 512,
+    "imagenet_resnet_gelu": 512,
+    "imagenet_vit": 1024,
+    "imagenet_vit_glu": 512,
+    "librispeech_conformer": 256,
+    "librispeech_deepspeech": 256,
+    "ogbg": 512,
+    "wmt": 128,
+    "mnist": 1024,
+    "cifar": 128,
+}
+
+
+def get_batch_size(workload_name: str) -> int:
+    """Global batch size of a workload, or of the base workload of a variant.
+
+    Raises:
+        ValueError: the workload is unknown.
+    """
+    bases = [
+        base
+        for base in BATCH_SIZES
+        if workload_name == base or workload_name.startswith(base + "_")
+    ]
+    if not bases:
+        raise ValueError(
+            f"unknown workload '{workload_name}'; known are {', '.join(BATCH_SIZES)} and variants"
+        )
+    return BATCH_SIZES[max(bases, key=len)]
+
+
+def init_optimizer_state(
+    workload: Any,
+    model_params: nn.Module,
+    model_state: Any,
+    hyperparameters: Any,
+    rng: Any,
+) -> dict[str, Any]:
+    """Optimizer, K-FAC and the run's log; all of them have state_dict and load_state_dict.
+
+    Raises:
+        HyperparameterError: the tuning point is not valid.
+    """
+    del model_state
+    settings = Hyperparameters.from_tuning_point(hyperparameters)
+    run = Run(settings, workload)
+    optimizer = UPDATE_RULES[settings.update_rule](model_params.parameters(), settings)
+    state: dict[str, Any] = {"optimizer": optimizer, "run": run}
+    config = settings.kfac_config(seed=int(rng[0]) % 2**31)
+    if config is not None:
+        state["kfac"] = KFAC(model_params, config)
+    return state
+
+
+def update_params(
+    workload: Any,
+    current_param_container: nn.Module,
+    current_params_types: Any,
+    model_state: Any,
+    hyperparameters: Any,
+    batch: Mapping[str, Any],
+    loss_type: Any,
+    optimizer_state: dict[str, Any],
+    eval_results: Sequence[tuple[int, Mapping[str, float]]],
+    global_step: int,
+    rng: Any,
+    train_state: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], nn.Module, Any]:
+    """One training step; returns (optimizer_state, model, model_state)."""
+    del current_params_types, hyperparameters, train_state
+    model, run = current_param_container, optimizer_state["run"]
+    optimizer, kfac = optimizer_state["optimizer"], optimizer_state.get("kfac")
+    settings: Hyperparameters = run.settings
+    start = time.perf_counter()
+
+    model.train()
+    optimizer.zero_grad(set_to_none=True)
+
+    def forward(module: nn.Module) -> tuple[Tensor, Any]:
+        logits, new_model_state = workload.model_fn(
+            params=module,
+            augmented_and_preprocessed_input_batch=batch,
+            model_state=model_state,
+            mode=spec.ForwardPassMode.TRAIN,
+            rng=rng,
+            update_batch_norm=True,
+            **_dropout_argument(workload, settings),
+        )
+        return logits, new_model_state
+
+    if kfac is not None and kfac.factors_due:
+        with kfac.record(sharing_of(model, batch, run.kinds_of_rows)):
+            logits, new_model_state = forward(_uncompiled(model))
+    else:
+        logits, new_model_state = forward(model)
+    loss_dict = workload.loss_fn(
+        label_batch=batch["targets"],
+        logits_batch=logits,
+        mask_batch=batch.get("weights"),
+        label_smoothing=settings.label_smoothing,
+    )
+    loss = _global_mean(loss_dict["summed"], loss_dict["n_valid_examples"])
+    run.log.add("forward", time.perf_counter() - start)
+
+    if kfac is not None and kfac.factors_due:
+        kfac.update(
+            logits,
+            likelihood_of(loss_type, logits, batch),
+            mask=mask_of(logits, batch),
+            targets=batch["targets"],
+        )
+
+    update_start = time.perf_counter()
+    torch.autograd.backward(loss)
+    grad_norm = _clip_gradient(model, settings.grad_clip)
+    run.log.add("update", time.perf_counter() - update_start)
+    if kfac is not None:
+        kfac.precondition()
+
+    update_start = time.perf_counter()
+    learning_rate = settings.learning_rate * SCHEDULES[settings.schedule](global_step, run.shape)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    if run.accepts(loss, grad_norm, global_step):
+        optimizer.step()
+    run.log.add("update", time.perf_counter() - update_start)
+
+    run.after_step(
+        workload,
+        kfac,
+        eval_results,
+        global_step,
+        {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate},
+    )
+    return optimizer_state, model, new_model_state
+
+
+def prepare_for_eval(
+    workload: Any,
+    current_param_container: nn.Module,
+    current_params_types: Any,
+    model_state: Any,
+    hyperparameters: Any,
+    loss_type: Any,
+    optimizer_state: dict[str, Any],
+    eval_results: Sequence[tuple[int, Mapping[str, float]]],
+    global_step: int,
+    rng: Any,
+) -> tuple[dict[str, Any], nn.Module, Any]:
+    """Nothing to prepare: the parameters in training are those that are evaluated."""
+    del workload, current_params_types, hyperparameters, loss_type, eval_results, global_step, rng
+    return optimizer_state, current_param_container, model_state
+
+
+def data_selection(
+    workload: Any,
+    input_queue: Iterator[dict[str, Any]],
+    optimizer_state: dict[str, Any],
+    current_param_container: nn.Module,
+    model_state: Any,
+    hyperparameters: Any,
+    global_step: int,
+    rng: Any,
+) -> dict[str, Any]:
+    """The next batch of the input queue."""
+    del workload, current_param_container, model_state, hyperparameters, global_step, rng
+    start = time.perf_counter()
+    batch = next(input_queue)
+    optimizer_state["run"].log.add("data", time.perf_counter() - start)
+    return batch
+
+
+def _global_mean(summed: Tensor, valid: Any) -> Tensor:
+    """The loss whose gradient, averaged over ranks by DDP, is that of the mean over all ranks."""
+    valid = torch.as_tensor(valid, device=summed.device, dtype=summed.dtype)
+    ranks = world_size()
+    if ranks > 1:
+        dist.all_reduce(valid)
+    mean: Tensor = summed * ranks / valid.clamp(min=1)
+    return mean
+
+
+def _clip_gradient(model: nn.Module, largest_norm: float | None) -> Tensor:
+    """Scales the gradient down to the largest norm, if there is one; returns the norm before."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    if largest_norm is not None:
+        torch._foreach_mul_(gradients, (largest_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def _dropout_argument(workload: Any, settings: Hyperparameters) -> dict[str, float]:
+    """The dropout rate as a keyword of the workload's model_fn, where both know one."""
+    if settings.dropout_rate is None:
+        return {}
+    takes_it = "dropout_rate" in inspect.signature(workload.model_fn).parameters
+    return {"dropout_rate": settings.dropout_rate} if takes_it else {}
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """The module to record: hooks inside a compiled one are skipped, or make it compile again."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
