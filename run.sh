@@ -120,7 +120,7 @@ stamp() {
 install() {
   local venv="$1"
   shift
-  "$venv/bin/python" -m pip install --quiet "$@" >>"$LOG" 2>&1 ||
+  "$venv/bin/python" -m pip install --quiet --no-compile "$@" >>"$LOG" 2>&1 ||
     die "installing packages failed ($(reason)): see $LOG, then run the same command again"
 }
 

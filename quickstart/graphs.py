@@ -64,9 +64,7 @@ class BatchBudget:
         )
 
 
-def count_that_fits(
-    graphs: PackedGraphs, order: IntArray, start: int, budget: BatchBudget
-) -> int:
+def count_that_fits(graphs: PackedGraphs, order: IntArray, start: int, budget: BatchBudget) -> int:
     """How many graphs of `order`, from position `start` on, fit into one batch (at least 1).
 
     Raises:
@@ -93,7 +91,8 @@ def _ragged_positions(starts: IntArray, lengths: IntArray) -> npt.NDArray[np.int
     ends = np.cumsum(lengths, dtype=np.int64)
     total = int(ends[-1]) if len(ends) else 0
     shift = np.asarray(starts, dtype=np.int64) - (ends - lengths)
-    return np.arange(total) + np.repeat(shift, lengths)
+    positions: npt.NDArray[np.int64] = np.arange(total) + np.repeat(shift, lengths)
+    return positions
 
 
 class GraphBatcher:

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,8 +113,8 @@ def augment(
 ) -> npt.NDArray[np.uint8]:
     """Mirrors half of the images and moves each by up to `shift` pixels, (N, C, H, W) to same."""
     count, _, height, width = images.shape
-    mirrored = generator.random(count) < 0.5
-    images = np.where(mirrored[:, None, None, None], images[..., ::-1], images)
+    mirrored = np.less(generator.random(count), 0.5)
+    images = np.where(mirrored.reshape(-1, 1, 1, 1), images[..., ::-1], images)
     padded = np.pad(images, ((0, 0), (0, 0), (shift, shift), (shift, shift)))
     top, left = generator.integers(0, 2 * shift + 1, size=(2, count))
     rows = top[:, None] + np.arange(height)
@@ -158,7 +159,7 @@ def _read_packed_jpegs(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[n
     try:
         with np.load(path, allow_pickle=False) as archive:
             buffer, offsets, classes = archive["buf"], archive["off"], archive["y"]
-        files = (buffer[a:b].tobytes() for a, b in zip(offsets[:-1], offsets[1:], strict=True))
+        files = (buffer[a:b].tobytes() for a, b in itertools.pairwise(offsets))
         images = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in files]
         return np.stack(images).transpose(0, 3, 1, 2), classes.astype(np.int64)
     except (OSError, KeyError, ValueError, EOFError) as error:

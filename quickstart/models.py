@@ -231,9 +231,7 @@ class ViT(nn.Module):
         if width % 4 or width % num_heads:
             raise ValueError(f"width {width} is not a multiple of 4 and of {num_heads} heads")
         self.patches = nn.Conv2d(channels, width, patch_size, stride=patch_size)
-        self.blocks = nn.ModuleList(
-            EncoderBlock(width, mlp_width, num_heads) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(EncoderBlock(width, mlp_width, num_heads) for _ in range(depth))
         self.final_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.pre_logits = nn.Linear(width, width)
         self.head = nn.Linear(width, num_classes)
@@ -275,7 +273,7 @@ def _gather(rows: Tensor, index: Tensor) -> Tensor:
     gathered = rows.index_select(0, index)
     if gathered.requires_grad:
         # The gradient is a slice of that of a concatenation; adding up its strided rows is slow.
-        gathered.register_hook(torch.Tensor.contiguous)
+        gathered.register_hook(torch.Tensor.contiguous)  # type: ignore[no-untyped-call]
     return gathered
 
 

@@ -119,7 +119,7 @@ def prepare(data_dir: Path) -> MoleculeData:
     arrays: dict[str, npt.NDArray[Any]] = {**asdict(graphs), **random_split(len(graphs))}
     description = json.dumps({**_VERSION, "checksum": _checksum(arrays)})
     with writing(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, description=np.array(description), **arrays)
+        np.savez_compressed(file, allow_pickle=False, **arrays, description=np.array(description))
     return load(data_dir)
 
 
@@ -222,9 +222,9 @@ def _graphs_from_smiles(smiles: list[str]) -> list[dict[str, Any] | None]:
     # OGB asks the network for a newer release of itself if the package `outdated` can be imported.
     sys.modules.setdefault("outdated", None)  # type: ignore[arg-type]
     from ogb.utils.mol import smiles2graph
-    from rdkit import Chem, RDLogger
+    from rdkit import Chem, rdBase
 
-    RDLogger.DisableLog("rdApp.*")
+    rdBase.DisableLog("rdApp.*")
     graphs: list[dict[str, Any] | None] = []
     for text in smiles:
         molecule = Chem.MolFromSmiles(text)  # smiles2graph itself crashes on a rejected SMILES

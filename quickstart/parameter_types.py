@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from quickstart._spec import spec
+from submission.algoperf_compat import spec
 
 
 class ShapeTuple:

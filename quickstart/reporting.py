@@ -1,6 +1,7 @@
 """What a run shows while it trains: a progress bar, lines of text, or a file that others read."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -101,12 +102,13 @@ class LineReporter:
 
 
 class FileReporter:
-    """Keeps a small JSON file up to date that another process reads."""
+    """Keeps a small JSON file up to date that the parent process reads, and ends with it."""
 
     def __init__(self, path: Path, metric: str) -> None:
         self._path = path
         self._metric = metric
         self._last = 0.0
+        self._parent = os.getppid()
         self._state: dict[str, float] = {}
 
     def step(self, global_step: int, workload: Any) -> None:
@@ -114,6 +116,8 @@ class FileReporter:
         now = time.monotonic()
         if now - self._last > 0.5:
             self._last = now
+            if os.getppid() != self._parent:  # It was killed: nobody waits for this run.
+                raise KeyboardInterrupt
             self._write(step=global_step, loss=recent_loss(workload))
 
     def evaluation(self, global_step: int, result: dict[str, float], workload: Any) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -94,16 +95,12 @@ class MetricsLogger:
         if is_eval:
             self._tables[EVAL_MEASUREMENTS].append(metrics)
         if self._use_wandb:
-            import wandb
-
-            wandb.log(metrics)
+            importlib.import_module("wandb").log(metrics)
 
     def finish(self) -> None:
         """Ends the wandb run, if there is one."""
         if self._use_wandb:
-            import wandb
-
-            wandb.finish()
+            importlib.import_module("wandb").finish()
 
     def contents(self) -> dict[str, str]:
         """The files' text, for a checkpoint."""
@@ -124,7 +121,9 @@ class _Table:
         self._rows: list[dict[str, Any]] = []
 
     def append(self, row: dict[str, Any]) -> None:
-        new = [name for name in (row if self._columns else sorted(row)) if name not in self._columns]
+        new = [
+            name for name in (row if self._columns else sorted(row)) if name not in self._columns
+        ]
         self._columns += new
         self._rows.append(dict(row))
         if new or not self._path.exists():

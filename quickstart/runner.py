@@ -7,6 +7,7 @@
 
 import contextlib
 import fcntl
+import importlib.util
 import json
 import os
 import re
@@ -22,11 +23,11 @@ from absl import flags
 from quickstart import run_logs, search_space, submissions
 from quickstart.errors import QuickstartError, explain_os_error, run_reporting_errors
 from quickstart.reporting import choose_reporter
-from quickstart.training import Interrupted, RunSettings, TrainingRun
+from quickstart.training import InterruptedRunError, RunSettings, TrainingRun
 from quickstart.workloads import WORKLOADS, QuickstartWorkload, build_workload
 
 # Flags of this program alone: AlgoPerf's runner may be imported in the same process.
-FLAGS = flags.FlagValues()
+FLAGS: flags.FlagValues = flags.FlagValues()  # type: ignore[no-untyped-call]
 _REQUIRED = ("workload", "submission_path", "experiment_dir", "experiment_name")
 
 
@@ -52,8 +53,8 @@ def _define_flags() -> None:
     number("num_tuning_trials", 1, "Number of points to train, one after the other.", 1)
     number("hparam_start_index", None, "First point to train, counted from 0.", 0)
     number("hparam_end_index", None, "Point before which to stop, counted from 0.", 0)
-    text("data_dir", None, "Data folder; molecules: what quickstart.molecules prepared (default: "
-         "data/ of this project), images: CIFAR-10 (default: the digits of scikit-learn).")  # fmt: skip
+    text("data_dir", None, "Data folder. molecules: what quickstart.molecules prepared (default: "
+         "data/ of this project). images: CIFAR-10 (default: scikit-learn's digits).")  # fmt: skip
     text("experiment_dir", None, "Folder for all experiments.")
     text("experiment_name", None, "Folder below it for this run; may contain slashes.")
     number("max_global_steps", None, "Number of steps (default: the workload's).", 1)
@@ -126,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     settings = RunSettings(
         rng_seed=seed,
-        batch_size=_batch_size(options, submission, workload),
+        batch_size=choose_batch_size(options.batch_size, options.workload, submission, workload),
         max_global_steps=options.max_global_steps or workload.step_hint,
         eval_every=options.eval_every or workload.eval_period_steps,
         save_checkpoints=options.save_checkpoints,
@@ -139,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             with _exclusive(trial):
                 _run_trial(options, workload, submission, point, settings, trial)
-        except Interrupted as interruption:
+        except InterruptedRunError as interruption:
             return _explain_interruption(interruption, trial)
     return 0
 
@@ -238,13 +239,17 @@ def _read_points(options: flags.FlagValues, seed: int) -> list[tuple[int, Any]]:
     return chosen
 
 
-def _batch_size(
-    options: flags.FlagValues, submission: submissions.Submission, workload: QuickstartWorkload
+def choose_batch_size(
+    given: int | None,
+    workload_name: str,
+    submission: submissions.Submission,
+    workload: QuickstartWorkload,
 ) -> int:
-    if options.batch_size is not None:
-        return int(options.batch_size)
+    """The batch size given by the user, else the submission's, else the workload's."""
+    if given is not None:
+        return given
     try:
-        return int(submission.get_batch_size(options.workload))
+        return int(submission.get_batch_size(workload_name))
     except ValueError:
         return workload.default_batch_size
 
@@ -253,7 +258,7 @@ def _terminate(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _explain_interruption(interruption: Interrupted, trial: Path) -> int:
+def _explain_interruption(interruption: InterruptedRunError, trial: Path) -> int:
     from quickstart.checkpoints import list_checkpoints
 
     saved = list_checkpoints(trial)
@@ -283,15 +288,12 @@ def _exclusive(trial: Path) -> Iterator[None]:
 
 
 def _require_wandb() -> None:
-    import importlib.util
-
     if importlib.util.find_spec("wandb") is None:
         raise QuickstartError("--use_wandb: wandb is not installed; run `pip install wandb`")
 
 
 def _start_wandb(options: flags.FlagValues, hyperparameters: Any, trial: Path) -> None:
-    import wandb
-
+    wandb = importlib.import_module("wandb")
     wandb.init(dir=str(trial), tags=[options.workload, "pytorch", "quickstart"])
     wandb.config.update(options.flag_values_dict())
     if hyperparameters is not None:

@@ -60,9 +60,7 @@ def _check_points(content: list[Any], path: Path) -> list[dict[str, Any]]:
     return content
 
 
-def _draw(
-    space: dict[str, Any], num_trials: int, seed: int, path: Path
-) -> list[dict[str, Any]]:
+def _draw(space: dict[str, Any], num_trials: int, seed: int, path: Path) -> list[dict[str, Any]]:
     if not space:
         raise QuickstartError(f"{path} names no hyperparameter")
     draws = qmc.Halton(len(space), rng=seed).random(num_trials)

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from quickstart import checkpoints, rng
-from quickstart._spec import spec
 from quickstart.errors import QuickstartError
 from quickstart.reporting import Reporters
 from quickstart.run_logs import MetricsLogger
 from quickstart.submissions import Submission
 from quickstart.workloads import QuickstartWorkload
+from submission.algoperf_compat import spec
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class RunSettings:
     stop_at_target: bool = True
 
 
-class Interrupted(Exception):
+class InterruptedRunError(Exception):
     """Ctrl-C or a request to terminate, with the step it came at."""
 
     def __init__(self, step: int) -> None:
@@ -131,7 +131,7 @@ class TrainingRun:
         """Trains to the end; returns why it ended: 'target', 'steps', 'time' or 'submission'.
 
         Raises:
-            Interrupted: on Ctrl-C.
+            InterruptedRunError: on Ctrl-C.
         """
         state = self.train_state
         start = read_clock()
@@ -157,11 +157,13 @@ class TrainingRun:
                     )
                     if state["is_time_remaining"]:
                         self._evaluate(eval_rng, start)
-                        reporter.evaluation(self.global_step, self.eval_results[-1][1], self.workload)
+                        reporter.evaluation(
+                            self.global_step, self.eval_results[-1][1], self.workload
+                        )
                 reporter.step(self.global_step, self.workload)
                 state["last_step_end_time"] = read_clock()
         except KeyboardInterrupt as error:
-            raise Interrupted(self.global_step) from error
+            raise InterruptedRunError(self.global_step) from error
         self.logger.append_scalar_metrics(
             {"score": state["accumulated_submission_time"]},
             global_step=self.global_step,

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quickstart import images, molecules
-from quickstart._spec import spec
 from quickstart.graphs import BatchBudget, GraphBatcher, TrainingQueue
 from quickstart.metrics import mean_average_precision
 from quickstart.models import GraphNetwork, ViT
 from quickstart.parameter_types import ShapeTuple, parameter_shapes, parameter_types
+from submission.algoperf_compat import spec
 
 Batch = dict[str, Any]
 
@@ -346,9 +346,7 @@ class MoleculesWorkload(QuickstartWorkload):
 
     def _batcher(self, batch_size: int) -> GraphBatcher:
         graphs = self.data.graphs
-        return GraphBatcher(
-            graphs, BatchBudget.from_averages(graphs, batch_size), self.device
-        )
+        return GraphBatcher(graphs, BatchBudget.from_averages(graphs, batch_size), self.device)
 
     def _build_model(self) -> nn.Module:
         return GraphNetwork(self.data.graphs.num_tasks, self.width, self.num_message_passing_steps)
@@ -492,9 +490,7 @@ class ImagesWorkload(QuickstartWorkload):
         self, labels: Tensor, logits: Tensor, mask: Tensor | None, label_smoothing: float
     ) -> Tensor:
         """Cross-entropy, (images,)."""
-        losses = F.cross_entropy(
-            logits, labels, reduction="none", label_smoothing=label_smoothing
-        )
+        losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
         return losses if mask is None else losses * mask
 
     def _metrics(self, logits: Tensor, labels: Tensor, weights: Tensor) -> dict[str, float]:

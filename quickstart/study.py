@@ -1,0 +1,250 @@
+"""The main job: every method, several seeds, one table and one plot of steps and time to target.
+
+    python -m quickstart.study
+
+Methods and their tuned settings are in quickstart/settings/; runs go to runs/quickstart/ in
+AlgoPerf's format, so that `./run.sh compare runs/quickstart` works on them too.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from quickstart import molecules, run_logs, runner, search_space, settings, submissions
+from quickstart.errors import QuickstartError, run_reporting_errors, writing
+from quickstart.parallel import Job, Outcome, run_jobs
+from quickstart.training import RunSettings
+from quickstart.workloads import WORKLOADS, QuickstartWorkload, build_workload
+
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_SUBMISSION = ROOT / "submission" / "submission.py"
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a study.
+
+    Attributes:
+        method, seed: what is run.
+        point: file with its hyperparameters.
+        trial: folder of the run.
+        state: 'complete' (reused), 'begun' (resumed), 'outdated' (done again) or 'new'.
+    """
+
+    method: str
+    seed: int
+    point: Path
+    trial: Path
+    state: str
+
+    @property
+    def name(self) -> str:
+        """Shown to the user, and the run's experiment name."""
+        return f"{self.method}/study_{self.seed}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the study; returns 1 if a run failed, 130 if it was interrupted."""
+    options = _parse(arguments)
+    console = Console()
+    study = settings.read_study(options.workload)
+    methods = options.methods or study.methods
+    seeds = study.seeds if options.seeds is None else options.seeds
+    steps = options.max_global_steps or study.max_global_steps
+    reference = options.reference or study.reference
+    data_dir = options.data_dir
+    if options.workload == "molecules":
+        data_dir = (data_dir or molecules.DEFAULT_DATA_DIR).expanduser()
+        console.print(molecules.describe(molecules.prepare(data_dir)), highlight=False)
+    workload = build_workload(options.workload, data_dir)
+    workload.set_targets(study.validation_target_value, study.test_target_value)
+    submission = submissions.load(options.submission_path)
+    folder = options.experiment_dir.expanduser()
+    if options.fresh:
+        _delete_runs(folder, methods)
+    plan = [
+        _plan(workload, submission, options.workload, method, seed, folder, steps)
+        for seed in seeds
+        for method in methods
+    ]
+    _explain(plan, folder, console)
+    _copy_tuning(options.workload, folder, console)
+    console.print(
+        f"target: validation {workload.target_metric_name} above "
+        f"{workload.validation_target_value:g} (test {workload.test_target_value:g}), at most "
+        f"{steps} steps, {options.jobs} runs at a time",
+        highlight=False,
+    )
+    common = [
+        f"--workload={options.workload}",
+        f"--submission_path={options.submission_path}",
+        f"--experiment_dir={folder}",
+        f"--max_global_steps={steps}",
+        f"--validation_target_value={study.validation_target_value}",
+        f"--test_target_value={study.test_target_value}",
+        *([] if data_dir is None else [f"--data_dir={data_dir}"]),
+    ]
+    jobs = [_job(run, common, folder) for run in plan if run.state != "complete"]
+    metric = workload.target_metric_name
+    try:
+        outcomes = run_jobs(jobs, at_once=options.jobs, steps=steps, metric=metric, console=console)
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to go on where it stopped", file=sys.stderr)
+        return 130
+    return _report(folder, methods, reference, outcomes, console)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m quickstart.study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--workload", choices=list(WORKLOADS), default="molecules")
+    add("--methods", nargs="+", metavar="METHOD", help="methods to run (default: all of the study)")
+    add("--seeds", nargs="+", type=_seed, metavar="N", help="seeds (default: the study's)")
+    add("--reference", metavar="METHOD", help="method to compare with (default: the study's)")
+    add("--max_global_steps", "--max-global-steps", type=_positive, help="steps of a run at most")
+    add("--jobs", type=_positive, default=2, help="runs at a time, one thread each (default: 2)")
+    add("--data_dir", "--data-dir", type=Path, help="data folder (default: data/ of this project)")
+    add("--experiment_dir", "--experiment-dir", type=Path, default=ROOT / "runs" / "quickstart",
+        help="where runs go (default: runs/quickstart of this project)")  # fmt: skip
+    add("--submission_path", "--submission-path", type=Path, default=DEFAULT_SUBMISSION)
+    add("--fresh", action="store_true", help="delete and repeat runs that exist already")
+    return parser.parse_args(arguments)
+
+
+def _plan(
+    workload: QuickstartWorkload,
+    submission: submissions.Submission,
+    workload_name: str,
+    method: str,
+    seed: int,
+    folder: Path,
+    steps: int,
+) -> PlannedRun:
+    point = settings.method_file(workload_name, method)
+    hyperparameters = search_space.read_points(point, 1, seed)[0]
+    run_settings = RunSettings(
+        rng_seed=seed,
+        batch_size=runner.choose_batch_size(None, workload_name, submission, workload),
+        max_global_steps=steps,
+        eval_every=workload.eval_period_steps,
+    )
+    identity = runner.run_identity(workload, submission, hyperparameters, run_settings)
+    parent = run_logs.workload_folder(folder, f"{method}/study_{seed}", workload_name)
+    try:
+        record = runner.read_record(parent / "trial_1")
+    except QuickstartError:
+        record = {"damaged": True}
+    if not record:
+        state = "outdated" if (parent / "trial_1").exists() else "new"
+    elif any(record.get(key) != value for key, value in identity.items()):
+        state = "outdated"
+    else:
+        state = "begun" if record.get("stop_reason") is None else "complete"
+    return PlannedRun(method, seed, point, parent / "trial_1", state)
+
+
+def _job(run: PlannedRun, common: list[str], folder: Path) -> Job:
+    how = {"begun": ["--resume_last_run"], "outdated": ["--overwrite"]}.get(run.state, [])
+    arguments = [
+        *common,
+        f"--tuning_search_space={run.point}",
+        f"--experiment_name={run.name}",
+        f"--rng_seed={run.seed}",
+        *how,
+    ]
+    return Job(run.name, arguments, folder / "logs" / f"{run.method}_{run.seed}.log")
+
+
+def _explain(plan: list[PlannedRun], folder: Path, console: Console) -> None:
+    def say(state: str, text: str) -> None:
+        count = sum(run.state == state for run in plan)
+        if count:
+            console.print(f"{count} of {len(plan)} runs {text}", highlight=False)
+
+    say("complete", f"in {folder} are complete (same settings, data and code) and are reused")
+    say("begun", "were interrupted and go on from their last checkpoint")
+    say("outdated", "were made with other settings, data or code and are done again")
+
+
+def _delete_runs(folder: Path, methods: list[str]) -> None:
+    """Deletes the methods' runs, and refuses to touch anything else."""
+    for method in methods:
+        for parent in (folder / method).glob("study_*/*_pytorch"):
+            run_logs.open_workload_folder(parent, resume=False, overwrite=True)
+
+
+def _copy_tuning(workload: str, folder: Path, console: Console) -> None:
+    """Puts the record of how the settings were tuned beside the runs."""
+    record = settings.folder(workload) / "tuning_results.json"
+    if not record.exists():
+        return
+    with writing(folder / "tuning.json") as temporary:
+        shutil.copyfile(record, temporary)
+    tried = settings.read_json(record)["points"]
+    counts: dict[str, int] = {}
+    for point in tried:
+        counts[point["method"]] = counts.get(point["method"], 0) + 1
+    budget = ", ".join(f"{method} {count}" for method, count in counts.items())
+    console.print(f"points tried in tuning: {budget} (all in {folder / 'tuning.json'})",
+                  highlight=False)  # fmt: skip
+
+
+def _report(
+    folder: Path, methods: list[str], reference: str, outcomes: list[Outcome], console: Console
+) -> int:
+    from steps_to_target import (
+        CompareError,
+        load_runs,
+        plot_runs,
+        render_table,
+        render_text,
+        summarize,
+        write_json,
+    )
+
+    failed = [outcome for outcome in outcomes if outcome.code != 0]
+    present = [folder / method for method in methods if any((folder / method).glob("study_*"))]
+    try:
+        runs = load_runs([str(path) for path in present])
+        summary = summarize(runs, reference=reference if reference in methods else None)
+        console.print(render_table(summary))
+        with writing(folder / "summary.txt") as temporary:
+            temporary.write_text(render_text(summary, width=110) + "\n", encoding="utf-8")
+        write_json(runs, summary, folder / "summary.json")
+        plot = plot_runs(runs, folder / "plot.png")
+    except CompareError as error:
+        raise QuickstartError(f"cannot compare the runs in {folder}: {error}") from error
+    console.print(f"plot: {plot}\nruns and table: {folder}", highlight=False, soft_wrap=True)
+    if failed:
+        names = ", ".join(outcome.job.name for outcome in failed)
+        print(f"error: {len(failed)} runs failed: {names}; see above", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    return value
+
+
+if __name__ == "__main__":
+    run_reporting_errors(main)
