@@ -10,11 +10,11 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-TAIL_BYTES = 65_536
-_WHOLE_FILE_BYTES = 131_072
+TAIL_BYTES = 16_384
+_WHOLE_FILE_BYTES = 32_768
 
 Row = dict[str, float]
 
@@ -72,11 +72,44 @@ def _is_torn(cells: list[str], earlier: list[list[str]]) -> bool:
     return bool(cells[-1]) and bool(others) and len(cells[-1]) < min(others)
 
 
-def read_csv(path: str | os.PathLike[str], *, tail: bool = False) -> CsvTable:
+def _numbers(cells: tuple[str, ...]) -> list[float | None]:
+    try:
+        # At C speed in the usual cases: a full column, or one with empty cells.
+        return (
+            [float(cell) if cell else None for cell in cells]
+            if "" in cells
+            else [*map(float, cells)]
+        )
+    except ValueError:
+        return [number(cell) for cell in cells]
+
+
+def _to_rows(
+    columns: tuple[str, ...], usable: list[list[str]], wanted: Callable[[str], bool]
+) -> list[Row]:
+    """Turn the wanted columns into numbers and put them together as rows."""
+    by_column = list(zip(*usable, strict=True))
+    kept = [name for name in columns if wanted(name)]
+    values = [
+        _numbers(cells) for name, cells in zip(columns, by_column, strict=False) if wanted(name)
+    ]
+    return [
+        {name: value for name, value in zip(kept, row, strict=True) if value is not None}
+        for row in zip(*values, strict=True)
+    ] or [{} for _ in usable]
+
+
+def read_csv(
+    path: str | os.PathLike[str],
+    *,
+    wanted: Callable[[str], bool] = lambda name: True,
+    tail: bool = False,
+) -> CsvTable:
     """Read a log file.
 
     Args:
         path: the file.
+        wanted: which columns to turn into numbers (a log has many that are not needed).
         tail: for a long file read the header and the last ``TAIL_BYTES`` only.
 
     Returns:
@@ -105,17 +138,12 @@ def read_csv(path: str | os.PathLike[str], *, tail: bool = False) -> CsvTable:
     table = CsvTable(columns=columns, whole=whole)
     body = cells[1:]
     complete = text.endswith(("\n", "\r"))
-    for position, row in enumerate(body):
-        torn = not complete and position == len(body) - 1 and bool(row)
-        if len(row) != len(columns) or (torn and _is_torn(row, body[:-1])):
-            table.damaged += 1
-            continue
-        values = {}
-        for name, cell in zip(columns, row, strict=True):
-            value = number(cell)
-            if value is not None:
-                values[name] = value
-        table.rows.append(values)
+    if body and not complete and len(body[-1]) == len(columns) and _is_torn(body[-1], body[:-1]):
+        body.pop()
+        table.damaged += 1
+    usable = [row for row in body if len(row) == len(columns)]
+    table.damaged += len(body) - len(usable)
+    table.rows = _to_rows(columns, usable, wanted)
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,8 +18,7 @@ _MAX_STEP = 2.0**53
 _GAP_SLACK = 1.0
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """One evaluation."""
 
     step: float
@@ -51,7 +51,8 @@ class Trajectory:
 
     def column(self, name: str) -> FloatArray:
         """One field of all points, shape ``(points,)``."""
-        return np.array([getattr(point, name) for point in self.points], dtype=np.float64)
+        index = Point._fields.index(name)
+        return np.array([point[index] for point in self.points], dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -80,28 +81,30 @@ def follow(rows: Iterable[Row], target: Target | None) -> Trajectory:
     the target, as AlgoPerf's scoring takes it, even where a resume undid it later (``undone``).
     """
     track = Trajectory(points=[])
+    points = track.points
     crossed: Point | None = None
+    column, test_column = (target.column, target.test_column) if target else ("", "")
     for row in rows:
-        step = finite(row, "global_step")
-        if step is None or step < 0 or step > _MAX_STEP:
+        step = row.get("global_step")
+        if step is None or not 0 <= step <= _MAX_STEP:
             track.unusable += 1
             continue
         seconds = finite(row, "accumulated_submission_time", "score")
         point = Point(
-            step=step,
-            seconds=math.nan if seconds is None or seconds < 0 else seconds,
-            value=row.get(target.column, math.nan) if target else math.nan,
-            test_value=row.get(target.test_column, math.nan) if target else math.nan,
+            step,
+            math.nan if seconds is None or seconds < 0 else seconds,
+            row.get(column, math.nan),
+            row.get(test_column, math.nan),
         )
-        if track.points and step <= track.points[-1].step:
-            if step < track.points[-1].step:
+        if points and step <= points[-1].step:
+            if step < points[-1].step:
                 track.went_back += 1
             else:
                 track.repeated += 1
-            while track.points and track.points[-1].step >= step:
-                track.points.pop()
-        before = track.points[-1] if track.points else None
-        track.points.append(point)
+            while points and points[-1].step >= step:
+                points.pop()
+        before = points[-1] if points else None
+        points.append(point)
         if target is None:
             continue
         if track.crossing is None and target.met(point.value, target.validation):

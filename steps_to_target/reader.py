@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,14 @@ from steps_to_target.targets import Target, run_target
 # AlgoPerf v0.6 gives self-tuning submissions 1.5 times the workload's time limit.
 _SELF_TUNING_FACTOR = 1.5
 WANDB_PREFIX = "wandb:"
+_COLUMNS = {
+    "accumulated_submission_time",
+    "global_step",
+    "loss",
+    "preemption_count",
+    "score",
+    "total_duration",
+}
 
 
 def positive(mapping: Mapping[str, Any], *names: str) -> float | None:
@@ -43,18 +51,30 @@ def run_budget(meta: Mapping[str, Any], flags: Mapping[str, Any]) -> Budget:
     return Budget(seconds, positive(flags, "max_global_steps"))
 
 
-def _time_parts(rows: Iterable[Row]) -> tuple[dict[str, float], float]:
-    """Cumulative seconds by part of a step, and the step they were logged at."""
-    parts: dict[str, float] = {}
-    step = math.nan
-    for row in rows:
-        found = {part: finite(row, f"time/{part}") for part in TIME_PARTS}
-        values = {part: value for part, value in found.items() if value is not None and value >= 0}
-        if values:
-            parts.update(values)
-            logged = finite(row, "global_step")
-            step = logged if logged is not None else step
-    return parts, step
+def _time_parts(rows: Sequence[Row]) -> tuple[dict[str, float], float]:
+    """Cumulative seconds by part of a step from the last row that has them, and its step."""
+    for row in reversed(rows):
+        parts = {}
+        for part in TIME_PARTS:
+            value = finite(row, f"time/{part}")
+            if value is not None and value >= 0:
+                parts[part] = value
+        if parts:
+            step = finite(row, "global_step")
+            return parts, math.nan if step is None else step
+    return {}, math.nan
+
+
+def _wanted(target: Target | None) -> Callable[[str], bool]:
+    """Which columns of the logs are needed to judge a run."""
+    metrics = {target.column, target.test_column} if target else set()
+
+    def wanted(name: str) -> bool:
+        if name in _COLUMNS or name in metrics or name.startswith("time/"):
+            return True
+        return target is None and name.startswith("validation/")
+
+    return wanted
 
 
 def _is_evaluation(row: Row, target: Target | None) -> bool:
@@ -145,7 +165,7 @@ def assess(
     problem: str = "",
     notes: Iterable[str] = (),
     starts: int = 1,
-    time_rows: Iterable[Row] = (),
+    time_rows: Sequence[Row] = (),
     hparams: Mapping[str, Any] | None = None,
     meta: Mapping[str, Any] | None = None,
     flags: Mapping[str, Any] | None = None,
@@ -222,10 +242,11 @@ def read_trial(folder: Path, targets: Mapping[str, Target] | None = None) -> tup
     hparams, hparams_note = folders.read_json(folder / "hparams.json")
     identity, method_folder = folders.identify(folder, flags)
     target = run_target(identity.workload, meta, targets)
-    evaluations = csvfile.read_csv(folder / folders.EVALUATIONS)
-    measurements = csvfile.read_csv(folder / folders.MEASUREMENTS, tail=True)
+    wanted = _wanted(target)
+    evaluations = csvfile.read_csv(folder / folders.EVALUATIONS, wanted=wanted)
+    measurements = csvfile.read_csv(folder / folders.MEASUREMENTS, wanted=wanted, tail=True)
     if _needs_whole(evaluations, measurements, target):
-        measurements = csvfile.read_csv(folder / folders.MEASUREMENTS)
+        measurements = csvfile.read_csv(folder / folders.MEASUREMENTS, wanted=wanted)
     rows, merge_note = _merge(evaluations, measurements, target)
     ending = find_ending(measurements.rows, known=not measurements.problem)
     notes = [text for text in (meta_note, flags_note, hparams_note, merge_note) if text]

@@ -85,7 +85,7 @@ class Target:
 
     def met(self, value: float, target: float | None) -> bool:
         """Whether ``value`` meets ``target``: a tie does, as in AlgoPerf's scoring; NaN never."""
-        if target is None or math.isnan(value):
+        if target is None:
             return False
         return value <= target if self.lower_is_better else value >= target
 

@@ -183,7 +183,11 @@ def _run_parts(workload: str, members: list[Run]) -> list[RenderableType]:
 def _table(title: str, columns: tuple[str, ...], rows: list[list[str]], right: set[int]) -> Table:
     table = Table(title=escape(title), title_justify="left", show_lines=False)
     for index, name in enumerate(columns):
-        table.add_column(name, justify="right" if index in right else "left", overflow="fold")
+        # Numbers stay on one line; names and lists of statuses give way.
+        number = index in right
+        table.add_column(
+            name, justify="right" if number else "left", overflow="fold", no_wrap=number
+        )
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     return table

@@ -1,0 +1,205 @@
+"""Groups, ratios, AlgoPerf's scoring, warnings, and the paper's rows."""
+
+import math
+
+import pytest
+from make_fixtures import rows_to, study_folder, write_trial
+
+from steps_to_target import (
+    CompareError,
+    load_runs,
+    performance_profile,
+    render_profile,
+    render_text,
+    summarize,
+)
+from steps_to_target.text import to_text
+
+
+def _group(summary, workload, method):
+    return next(g for g in summary.of(workload) if g.method == method)
+
+
+def test_means_ratios_and_order(small_set):
+    summary = summarize(load_runs([small_set]), "nesterov")
+    assert summary.workloads == ["librispeech_conformer", "ogbg"]
+    names = [group.method for group in summary.of("ogbg")]
+    assert names[:3] == ["nesterov", "adamw", "kfac_reduce"]
+    assert all(name.startswith("paper: ") for name in names[3:])
+    kfac = _group(summary, "ogbg", "kfac_reduce")
+    assert kfac.steps.mean == pytest.approx((8421 + 9474 + 7368) / 3)
+    expected = (8421 + 9474 + 7368) / (16842 + 17895 + 18947)
+    assert kfac.ratio_steps.value == pytest.approx(expected)
+    assert kfac.ratio_steps.low < expected < kfac.ratio_steps.high
+    assert kfac.reached == 3
+    adamw = _group(summary, "ogbg", "adamw")
+    assert adamw.statuses == {"missed": 1, "out of time": 1, "cut short": 1, "crashed": 1}
+    assert adamw.ratio_steps is None
+    assert adamw.algoperf_seconds == math.inf
+
+
+def test_fastest_trial_of_each_study_counts_when_trials_are_tuned(tmp_path):
+    crossings = {0: (16_000, 9_000, None), 1: (8_000, 12_000, None), 2: (None, None, None)}
+    for study, trials in crossings.items():
+        for trial, step in enumerate(trials, start=1):
+            write_trial(
+                study_folder(tmp_path, "mine", study, "ogbg", trial),
+                "ogbg",
+                rows_to("ogbg", step),
+                hparams={"learning_rate": trial},
+            )
+    (group,) = summarize(load_runs([tmp_path]), paper=False).groups
+    assert group.repetitions == "3 studies, fastest of 3 trials"
+    assert group.steps.total == 3
+    assert sorted(group.step_values) == [8421, 9474, math.inf]
+    assert group.algoperf_steps == 9474
+    assert group.steps.mean == (8421 + 9474) / 2
+
+
+def test_equal_trials_are_repetitions(tmp_path):
+    for trial, step in enumerate((8_000, 9_000, 10_000), start=1):
+        write_trial(
+            study_folder(tmp_path, "mine", 0, "ogbg", trial),
+            "ogbg",
+            rows_to("ogbg", step),
+            hparams={"learning_rate": 1, "seed": trial},
+        )
+    (group,) = summarize(load_runs([tmp_path]), paper=False).groups
+    assert (group.repetitions, group.steps.n) == ("3 runs", 3)
+
+
+def test_unknown_reference_lists_what_there_is(small_set):
+    with pytest.raises(
+        CompareError, match=r"did you mean 'nesterov'.*adamw, kfac_reduce, nesterov"
+    ):
+        summarize(load_runs([small_set]), "nestorov")
+
+
+def test_unlike_runs_are_warned_about(tmp_path):
+    write_trial(study_folder(tmp_path, "a", 0, "ogbg"), "ogbg", rows_to("ogbg", 9000))
+    write_trial(
+        study_folder(tmp_path, "b", 0, "ogbg"),
+        "ogbg",
+        rows_to("ogbg", 9000),
+        meta={
+            "gpu_model_name": "NVIDIA A100",
+            "gpu_count": 4,
+            "git_commit_hash": "fedcba9876543210",
+            "workload.step_hint": 80_000,
+            "workload.max_allowed_runtime_sec": 18_477,
+            "workload.validation_target_value": 0.27,
+        },
+        flags={"max_global_steps": 60_000, "tuning_ruleset": "self"},
+        hparams={"batch_size": 256},
+    )
+    write_trial(
+        study_folder(tmp_path, "b", 1, "ogbg"),
+        "ogbg",
+        rows_to("ogbg", 9000),
+        hparams={"batch_size": 512},
+    )
+    text = "\n".join(summarize(load_runs([tmp_path]), "a").warnings)
+    for words in (
+        "hardware differs: 8 x Tesla V100-SXM2-16GB (a, b); 4 x NVIDIA A100 (b)",
+        "targets differ",
+        "batch sizes differ: 256 (b); 512 (b)",
+        "step budgets (max_global_steps) differ: none (a, b); 60,000 steps (b)",
+        "step hints differ",
+        "time limits differ",
+        "AlgoPerf versions (git commits) differ: 0123456789 (a, b); fedcba9876 (b)",
+        "tuning rulesets differ",
+    ):
+        assert words in text
+
+
+def test_like_runs_give_no_warning(tmp_path):
+    for method in ("a", "b"):
+        write_trial(study_folder(tmp_path, method, 0, "ogbg"), "ogbg", rows_to("ogbg", 9000))
+    assert summarize(load_runs([tmp_path]), "a").warnings == ()
+
+
+def test_mean_without_the_misses_and_missing_reference_are_said(small_set, tmp_path):
+    write_trial(study_folder(tmp_path, "a", 0, "ogbg"), "ogbg", rows_to("ogbg", 9000))
+    write_trial(study_folder(tmp_path, "a", 1, "ogbg"), "ogbg", rows_to("ogbg", None))
+    warnings = "\n".join(summarize(load_runs([tmp_path])).warnings)
+    assert "over the 1 of 2 repetitions" in warnings
+    warnings = "\n".join(summarize(load_runs([small_set]), "adamw").warnings)
+    assert "librispeech_conformer: no run of the reference 'adamw'" in warnings
+    assert "ogbg: the reference 'adamw' never reached" in warnings
+
+
+def test_steps_of_another_kind_are_not_compared(tmp_path):
+    rows = [row | {"global_step": 1 + 3 * i} for i, row in enumerate(rows_to("ogbg", 16_000))]
+    for index, row in enumerate(rows):
+        row["accumulated_submission_time"] = 240.0 * (index + 1)
+    write_trial(study_folder(tmp_path, "queue", 0, "ogbg"), "ogbg", rows)
+    write_trial(study_folder(tmp_path, "a", 0, "ogbg"), "ogbg", rows_to("ogbg", 16_000))
+    summary = summarize(load_runs([tmp_path]), "a")
+    queue = _group(summary, "ogbg", "queue")
+    assert queue.reached == 1
+    assert (queue.steps.n, queue.ratio_steps) == (0, None)
+    assert queue.ratio_seconds.value > 0
+    assert any("outer steps only" in warning for warning in summary.warnings)
+
+
+def test_paper_rows_and_verdict(small_set):
+    summary = summarize(load_runs([small_set]), "nesterov")
+    reduce = _group(summary, "ogbg", "paper: K-FAC-reduce")
+    assert (reduce.steps.mean, reduce.steps.stderr) == (15_566, 429)
+    assert reduce.ratio_steps.value == pytest.approx(15_566 / 31_887)
+    assert not any(group.paper for group in summary.of("librispeech_conformer"))
+    (note,) = summary.paper_notes
+    assert "kfac_reduce takes 0.471" in note
+    assert "the paper's K-FAC-reduce 0.488, inside" in note
+    assert not any(g.paper for g in summarize(load_runs([small_set]), paper=False).groups)
+
+
+def test_text_is_whole(small_set):
+    text = render_text(summarize(load_runs([small_set]), "nesterov"), width=150, runs=True)
+    for words in (
+        "ogbg: validation/mean_average_precision >= 0.28098",
+        "librispeech_conformer: validation/wer <= 0.085884",
+        "8,421 ± 608",
+        "0.471 [0.415, 0.531]",
+        "31,887 ± 2,070",
+        "8,421 (after 7,368)",
+        "adamw study 2 trial 1: cut short: best",
+    ):
+        assert words in text
+
+
+def test_markup_in_names_is_shown_as_it_is(tmp_path):
+    method = "[red]x[bold]"
+    write_trial(tmp_path / method / "study_0" / "ogbg_jax" / "trial_1", "ogbg", rows_to("ogbg", 9))
+    assert method in render_text(summarize(load_runs([tmp_path])), width=150, runs=True)
+
+
+def test_profile_and_score(small_set):
+    summary = summarize(load_runs([small_set]), "nesterov")
+    profile = performance_profile(summary)
+    assert profile.workloads == ("librispeech_conformer", "ogbg")
+    assert profile.scores["kfac_reduce"] == pytest.approx(1.0)
+    assert profile.scores["adamw"] == 0.0
+    assert profile.ratios["adamw"]["ogbg"] == math.inf
+    assert profile.absent == ("adamw: librispeech_conformer",)
+    # A method at ratio r on its only workload scores (4 - r) / 3, up to the grid of 100 points.
+    single = performance_profile(summary, ["ogbg"])
+    ratio = single.ratios["nesterov"]["ogbg"]
+    assert ratio == pytest.approx(17_895 / 8_421, rel=1e-3)
+    assert single.scores["nesterov"] == pytest.approx((4 - ratio) / 3, abs=0.02)
+    assert performance_profile(summary, measure="steps").scores.keys() == profile.scores.keys()
+    assert "over 1 workload(s): ogbg" in to_text(render_profile(single), 150)
+
+
+def test_score_beyond_four_times_the_best_is_zero(tmp_path):
+    rows = rows_to("ogbg", 9000)
+    slow = [row | {"accumulated_submission_time": 5 * row["score"]} for row in rows]
+    write_trial(study_folder(tmp_path, "fast", 0, "ogbg"), "ogbg", rows)
+    write_trial(study_folder(tmp_path, "slow", 0, "ogbg"), "ogbg", slow)
+    assert performance_profile(summarize(load_runs([tmp_path]))).scores == {"fast": 1, "slow": 0}
+
+
+def test_unknown_workload_of_a_profile(small_set):
+    summary = summarize(load_runs([small_set]))
+    with pytest.raises(CompareError, match="no run on workload wmt; these have runs"):
+        performance_profile(summary, ["wmt"])
