@@ -122,7 +122,7 @@ def _write(arguments: argparse.Namespace, runs: list[Run], summary: Summary) -> 
 
 def _console() -> Console:
     # A pipe or file has no width: wide enough for the tables rather than rich's 80 columns.
-    width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 140
+    width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 150
     return Console(width=width, highlight=False)
 
 

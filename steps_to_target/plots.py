@@ -149,11 +149,11 @@ def _panel(
         axes.axhline(value, color="0.25", linewidth=1.0, linestyle=(0, (2, 2)))
         axes.annotate(
             f"target {value:.5g}",
-            (1.0, value),
+            (0.0, value),
             xycoords=("axes fraction", "data"),
-            xytext=(-3, 3),
+            xytext=(3, 3),
             textcoords="offset points",
-            ha="right",
+            ha="left",
             fontsize=8,
         )
     _limits(axes, drawn, everyone)
@@ -187,15 +187,16 @@ def _time_panel(axes: Axes, methods: dict[str, list[Run]]) -> None:
             range(len(names)),
             widths,
             left=left,
+            height=0.6,
             label=part,
-            color=str(0.95 - 0.14 * index),
+            color=str(round(0.97 - 0.09 * index, 2)),
             edgecolor="black",
             linewidth=0.6,
             hatch=_HATCHES[index % len(_HATCHES)],
         )
         left = left + np.array(widths)
     axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
+    axes.set_ylim(max(len(names), 3) - 0.5, -0.5)
     axes.set_xlabel("ms per step")
     axes.set_title("where a step's time goes", fontsize=10)
     axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)

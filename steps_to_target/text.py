@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import math
+import re
+from dataclasses import dataclass
 
-from rich.console import Console, Group, RenderableType
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -18,6 +21,10 @@ from steps_to_target.summary import Summary
 
 DASH = "-"
 _HOURS_FROM = 7200.0
+_WIDE = 150
+_NARROW = 100
+_SECOND_LINE = re.compile(r" (?=± |\[|\(after |\(\d+ [a-z])")
+_INTERVAL_COMMA = re.compile(r"(?<=\d), (?=\d)")
 
 
 def in_hours(groups: list[MethodGroup]) -> bool:
@@ -165,11 +172,13 @@ def run_row(run: Run) -> list[str]:
     ]
 
 
-def _run_parts(workload: str, members: list[Run]) -> list[RenderableType]:
+def _run_parts(workload: str, members: list[Run], width: int) -> list[RenderableType]:
     """Table of single runs, and for those that did not reach the evidence for their status."""
     shown = members[:MAX_RUNS_SHOWN]
     title = f"{workload}: single runs (the true crossing lies after the evaluation in brackets)"
-    parts: list[RenderableType] = [_table(title, RUN_COLUMNS, list(map(run_row, shown)), {5})]
+    kept = len(RUN_COLUMNS) - (0 if width >= _NARROW else 2)
+    rows = [run_row(run)[:kept] for run in shown]
+    parts: list[RenderableType] = [_table(title, RUN_COLUMNS[:kept], rows, {2, 3, 4, 5}, width)]
     parts += [
         Text(f"{run.method} study {run.study} trial {run.trial}: {run.status}: {run.evidence}")
         for run in shown
@@ -180,37 +189,73 @@ def _run_parts(workload: str, members: list[Run]) -> list[RenderableType]:
     return parts
 
 
-def _table(title: str, columns: tuple[str, ...], rows: list[list[str]], right: set[int]) -> Table:
-    table = Table(title=escape(title), title_justify="left", show_lines=False)
+def _stacked(cell: str, width: int) -> str:
+    """``8,421 ± 608`` on two lines where room is short, an interval on two where it is scarce."""
+    if width >= _WIDE:
+        return cell
+    cell = _SECOND_LINE.sub("\n", cell)
+    return cell if width >= _NARROW else _INTERVAL_COMMA.sub(",\n", cell)
+
+
+def _table(
+    title: str, columns: tuple[str, ...], rows: list[list[str]], right: set[int], width: int
+) -> Table:
+    """A table in which numbers stay whole and names give way."""
+    rows = [[_stacked(cell, width) for cell in row] for row in rows]
+    table = Table(
+        title=escape(title),
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
+        collapse_padding=True,
+        pad_edge=False,
+    )
     for index, name in enumerate(columns):
-        # Numbers stay on one line; names and lists of statuses give way.
         number = index in right
+        longest = max((len(row[index]) for row in rows), default=0)
+        least = 20 if index == 0 and width >= _WIDE else 11
         table.add_column(
-            name, justify="right" if number else "left", overflow="fold", no_wrap=number
+            name if width >= _WIDE else name.replace(" to target", ""),
+            justify="right" if number else "left",
+            overflow="fold",
+            no_wrap=number,
+            min_width=None if number else min(longest, least),
         )
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     return table
 
 
-def render_table(summary: Summary, *, runs: bool = False) -> Group:
+@dataclass(frozen=True)
+class Comparison:
+    """The comparison as a rich renderable that fits itself to the width there is."""
+
+    summary: Summary
+    runs: bool
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        summary, width = self.summary, options.max_width
+        # Without room the last two columns go; the JSON, CSV and HTML files have everything.
+        kept = len(METHOD_COLUMNS) - (0 if width >= _WIDE else 2)
+        for workload in summary.workloads:
+            groups = summary.of(workload)
+            title = workload_title(summary, workload)
+            rows = [row[:kept] for row in method_rows(groups)]
+            yield _table(title, METHOD_COLUMNS[:kept], rows, {2, 3, 4, 5, 6}, width)
+            if self.runs:
+                yield from _run_parts(workload, [run for g in groups for run in g.runs], width)
+        yield from (Text(f"note: {note}") for note in summary.paper_notes)
+        yield from (Text(f"warning: {text}", style="yellow") for text in summary.warnings)
+
+
+def render_table(summary: Summary, *, runs: bool = False) -> Comparison:
     """The comparison as a rich renderable: per workload one table of methods.
 
     Args:
         summary: from ``summarize``.
         runs: also a table of single runs, and the evidence for those that did not reach.
     """
-    parts: list[RenderableType] = []
-    for workload in summary.workloads:
-        groups = summary.of(workload)
-        title = workload_title(summary, workload)
-        parts.append(_table(title, METHOD_COLUMNS, method_rows(groups), {2, 3, 4, 5, 6}))
-        members = [run for group in groups for run in group.runs]
-        if runs:
-            parts += _run_parts(workload, members)
-    parts += [Text(f"note: {note}") for note in summary.paper_notes]
-    parts += [Text(f"warning: {warning}", style="yellow") for warning in summary.warnings]
-    return Group(*parts)
+    return Comparison(summary, runs)
 
 
 def render_profile(profile: Profile) -> Group:
@@ -230,8 +275,9 @@ def render_profile(profile: Profile) -> Group:
         f"AlgoPerf benchmark score by {profile.measure} to target over "
         f"{len(profile.workloads)} workload(s): {', '.join(profile.workloads)}"
     )
-    columns = ("method", "score", *(f"{workload}: ratio to best" for workload in profile.workloads))
-    parts: list[RenderableType] = [_table(title, columns, rows, set(range(1, len(columns))))]
+    columns = ("method", "score", *(f"{workload} ratio" for workload in profile.workloads))
+    right = set(range(1, len(columns)))
+    parts: list[RenderableType] = [_table(title, columns, rows, right, _WIDE)]
     if profile.absent:
         parts.append(Text(f"no runs, counted as not reached: {'; '.join(profile.absent)}"))
     return Group(*parts)

@@ -45,9 +45,9 @@ WORKLOADS: dict[str, dict[str, Any]] = {
 }
 
 
-def curve(start: float, end: float, share: float) -> float:
-    """A saturating exponential from ``start`` (share 0) towards ``end`` (share 1)."""
-    return end + (start - end) * math.exp(-4.0 * share)
+def progress(share: float) -> float:
+    """A saturating exponential from 0 (share 0) through 1 (share 1)."""
+    return (1 - math.exp(-3.0 * share)) / (1 - math.exp(-3.0))
 
 
 def evaluation(
@@ -93,20 +93,18 @@ def rows_to(
     """
     facts = WORKLOADS[workload]
     noise = random.Random(seed)
-    target, start = facts["validation"], facts["start"]
-    better = -1.0 if facts["metric"] == "wer" else 1.0
+    target, start, test_target = facts["validation"], facts["start"], facts["test"]
     rows = []
     for index in range(count):
         share = index / (count - 1)
         step = max(1, round(share * steps))
-        shortfall = abs(target - start) * (0.05 + 0.01 * noise.random())
-        value = curve(start, target - better * shortfall, share)
-        reached = cross_step is not None and step >= cross_step
-        if reached:
-            value = target + better * 0.003 * abs(target)
-        test = facts["test"] + better * 0.001 if reached else value
+        way = progress(step / (cross_step or 1.5 * steps)) * (1 + 1e-6)
+        if cross_step is None:
+            way = min(way, 0.95) - 0.01 * noise.random()
+        value = start + way * (target - start)
+        test = start + way * (test_target - start)
         rows.append(evaluation(workload, step, max(1.0, share * seconds), value, test))
-        if reached:
+        if cross_step is not None and step >= cross_step:
             break
     return rows
 
