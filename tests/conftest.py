@@ -1,4 +1,4 @@
-"""Makes helper modules beside the tests importable by their plain name."""
+"""Makes the packages, and the helper modules beside the engine's tests, importable."""
 
 import sys
 from pathlib import Path

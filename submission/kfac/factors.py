@@ -8,7 +8,9 @@ they differ in what a row is. Equation numbers are those of Eschenhagen et al. (
 - reduce (eq. 10): an example is one row, inputs averaged and gradients summed over positions,
       A = 1/N Σ_n ā_n ā_nᵀ,  ā_n = 1/R Σ_r a_nr,      B = 1/terms Σ_n b̂_n b̂_nᵀ,  b̂_n = Σ_r g_nr.
 - ragged reduce (eq. 55): with R_n rows in example n, â_n = Σ_r a_nr / √R_n and
-  b̂_n = Σ_r g_nr / √R_n; `RAGGED_SCALINGS` has the alternatives.
+  b̂_n = Σ_r g_nr / √R_n; `RAGGED_SCALINGS` has the alternatives. N counts the examples that have
+  rows: an example without any has no gradient either, and counting it in A as well as in B would
+  shrink the product twice.
 
 A joint bias is a column of ones appended to the rows before anything else.
 """

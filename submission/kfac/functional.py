@@ -109,6 +109,7 @@ def curvature(
     )
     likelihood = as_likelihood(likelihood)
     kept = [p for p in parts.parts if not layers_only or isinstance(p, KroneckerPart)]
+    # Buffers are put back after the Fisher passes: autograd checks that nothing has changed them.
     with _undisturbed(model), torch.enable_grad():
         recording = Recording(kept, sharing, ragged_scaling)
         with recording:
@@ -116,18 +117,18 @@ def curvature(
         if not layers_only and 0 in recording.calls.values():
             parts = demote_uncalled(parts, recording.calls)
             recording.replace_uncalled(parts.parts)
-    if generator is None and fisher_type == "mc":
-        generator = torch.Generator(logits.device).manual_seed(0)
-    vectors = likelihood.would_be_gradients(
-        logits,
-        fisher_type=fisher_type,
-        mc_samples=mc_samples,
-        mask=mask,
-        targets=targets,
-        generator=generator,
-    )
-    for vector in vectors:
-        recording.fisher_pass(logits, vector, zero_mean=fisher_type == "mc")
+        if generator is None and fisher_type == "mc":
+            generator = torch.Generator(logits.device).manual_seed(0)
+        vectors = likelihood.would_be_gradients(
+            logits,
+            fisher_type=fisher_type,
+            mc_samples=mc_samples,
+            mask=mask,
+            targets=targets,
+            generator=generator,
+        )
+        for vector in vectors:
+            recording.fisher_pass(logits, vector, zero_mean=fisher_type == "mc")
     recording.release()
     terms = likelihood.terms(logits.detach(), mask, targets).clamp(min=torch.finfo().tiny)
     called = {part.name: part for part in parts.parts if part.name in recording.sums}

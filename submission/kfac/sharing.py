@@ -195,13 +195,6 @@ def count_rows(leading: torch.Size, sharing: Sharing) -> Tensor | int:
     return sharing.rows if mask is None else mask.sum()
 
 
-def count_examples(leading: torch.Size, sharing: Sharing) -> Tensor | int:
-    """Number of examples N, padding examples left out, empty examples counted."""
-    if isinstance(sharing, Positions):
-        return leading[0]
-    return sharing.num_segments if sharing.segment_mask is None else sharing.segment_mask.sum()
-
-
 def sum_rows(rows: Tensor, sharing: Sharing) -> Tensor:
     """Sum of the rows of each example: [N, R, d] or [rows, d] -> [N, d]; padding contributes 0."""
     rows = zero_padding(rows, sharing)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import factors
 from .layers import Kind
 from .norms import NormKind, example_gradients
-from .sharing import Sharing, count_examples, count_rows, rows_per_example
+from .sharing import Sharing, count_rows, rows_per_example
 
 Sums = dict[str, Tensor]
 
@@ -157,14 +157,13 @@ class ReduceCollector(Collector):
         rows = rows_per_example(leading, sharing, inputs)
         self._inputs = inputs if self._inputs is None else self._inputs + inputs
         self._rows = rows if self._rows is None else self._rows + rows
-        if not self.sharings:
-            self.sums["count"] += count_examples(leading, sharing)
         self.sharings.append(sharing)
 
     def end_forward(self) -> None:
         if self._inputs is None or self._rows is None:
             return
         part, moment = self.part, self.sums["A"]
+        self.sums["count"] += (self._rows > 0).sum()
         ragged = any(sharing.is_ragged for sharing in self.sharings)
         scale, self._gradient_scale = factors.reduce_scales(self._rows, ragged, self.ragged_scaling)
         rows = self._inputs * scale

@@ -21,14 +21,13 @@ def output_jacobian(model: nn.Module, names: list[str], forward: Callable[..., T
         return forward(lambda *a: functional_call(model, {**rest, **values}, a)).flatten()
 
     jacobians = jacrev(outputs)(parameters)
-    return torch.cat([jacobians[name].flatten(1) for name in names], 1)
+    return torch.cat([jacobians[name].reshape(-1, parameters[name].numel()) for name in names], 1)
 
 
 def loss_hessian(logits: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
     """Hessian of the (mean) loss with respect to the flattened logits."""
     flat = logits.detach().flatten()
-    hessian = torch.func.hessian(lambda f: loss(f.view_as(logits)))(flat)
-    return hessian
+    return torch.func.hessian(lambda f: loss(f.view_as(logits)))(flat)
 
 
 def exact_ggn(
@@ -43,27 +42,41 @@ def exact_ggn(
     return jacobian.T @ hessian @ jacobian
 
 
-def joint_matrix_order(weight_shape: torch.Size, has_bias: bool) -> Tensor:
-    """Index that sorts (weight, bias) flattened into the rows of [P_out, P_in + 1]."""
-    out_side, in_side = weight_shape[0], weight_shape[1:].numel()
-    weight = torch.arange(out_side * in_side).reshape(out_side, in_side)
-    if not has_bias:
-        return weight.flatten()
-    bias = out_side * in_side + torch.arange(out_side).unsqueeze(1)
-    return torch.cat([weight, bias], 1).flatten()
+def matrix_order(module: nn.Module) -> Tensor:
+    """Index that sorts (weight, bias) into matrices [groups, P_out, P_in (+1)], flattened.
+
+    Written out here independently of the engine's own view of layers.
+    """
+    weight = torch.arange(module.weight.numel()).reshape(module.weight.shape)
+    groups = getattr(module, "groups", 1)
+    if isinstance(module, nn.Embedding):
+        matrix = weight.T.unsqueeze(0)
+    elif getattr(module, "transposed", False):  # [C_in, C_out / groups, *kernel]
+        matrix = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+        matrix = matrix.transpose(1, 2).flatten(2)
+    else:
+        matrix = weight.reshape(groups, weight.shape[0] // groups, -1)
+    if getattr(module, "bias", None) is not None:
+        bias = weight.numel() + torch.arange(module.bias.numel())
+        matrix = torch.cat([matrix, bias.reshape(*matrix.shape[:2], 1)], -1)
+    return matrix.flatten(1)
 
 
 def layer_ggn(
     model: nn.Module, layer: str, inputs: tuple, loss: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """GGN block of a layer's weight and bias, ordered as the rows of [P_out, P_in (+1)]."""
+    """GGN block of a layer, per group, ordered as the matrix [P_out, P_in (+1)]."""
     module = model.get_submodule(layer)
-    names = [f"{layer}.weight"] + ([f"{layer}.bias"] if module.bias is not None else [])
+    prefix = f"{layer}." if layer else ""
+    names = [prefix + "weight"]
+    if getattr(module, "bias", None) is not None:
+        names.append(prefix + "bias")
     block = exact_ggn(model, names, inputs, loss)
-    order = joint_matrix_order(module.weight.shape, module.bias is not None)
-    return block[order][:, order]
+    blocks = [block[order][:, order] for order in matrix_order(module)]
+    return blocks[0] if len(blocks) == 1 else torch.stack(blocks)
 
 
 def relative_error(estimate: Tensor, truth: Tensor) -> float:
     """Frobenius norm of the difference over that of the truth."""
+    assert estimate.shape == truth.shape
     return float((estimate - truth).norm() / truth.norm())
