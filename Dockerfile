@@ -1,0 +1,55 @@
+# AlgoPerf at its tested commit, with this project beside it, for NVIDIA GPUs from the V100 on.
+#
+#   docker build --tag kfac-algoperf .
+#   docker run --rm --gpus all --ipc=host --env NPROC=4 --env WANDB_API_KEY \
+#     --volume DATA:/data:ro --volume RUNS:/runs kfac-algoperf algoperf -- --workload=ogbg \
+#     --data_dir=/data/ogbg --experiment_dir=/runs --experiment_name=kfac
+#
+# CUDA's libraries come with PyTorch's wheel: torch 2.5.1 from PyPI is built for CUDA 12.4 and holds
+# kernels for the V100 (sm_70), which newer releases drop. The base image only has to let the
+# driver of the host in.
+ARG CUDA_IMAGE=nvidia/cuda:12.6.3-base-ubuntu24.04
+FROM ${CUDA_IMAGE}
+
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+
+# git: AlgoPerf records its commit. A compiler and Python's headers: torch.compile builds with them.
+# Versions are the base image's: pinned ones vanish from Ubuntu's mirrors within weeks.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
+        ca-certificates gcc g++ git libgomp1 python3 python3-dev python3-venv \
+    && rm -rf /var/lib/apt/lists/*
+
+ENV PATH=/opt/venv/bin:$PATH \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PYTHONUNBUFFERED=1
+
+ARG ALGOPERF_REPOSITORY=https://github.com/mlcommons/algorithmic-efficiency.git
+ARG ALGOPERF_COMMIT=2c90454fc05d5bdf3598b0c7651e611f132a7060
+ARG ALGOPERF_EXTRAS=jax_cpu,pytorch_gpu,full
+COPY requirements/algoperf.txt /tmp/algoperf.txt
+# The commit has no tag nearby to tell a version by, hence the pretended one.
+RUN git init --quiet /tmp/algoperf \
+    && git -C /tmp/algoperf fetch --quiet --depth 1 "$ALGOPERF_REPOSITORY" "$ALGOPERF_COMMIT" \
+    && git -C /tmp/algoperf checkout --quiet FETCH_HEAD \
+    && python3 -m venv /opt/venv \
+    && SETUPTOOLS_SCM_PRETEND_VERSION=0.6.0 pip install --no-cache-dir \
+        "/tmp/algoperf[${ALGOPERF_EXTRAS}]" -r /tmp/algoperf.txt \
+    && rm -rf /tmp/algoperf /tmp/algoperf.txt \
+    && python -c "import torch; flags = torch._C._cuda_getArchFlags(); assert 'sm_70' in flags, flags"
+
+# Files that a run writes into mounted folders belong to this user: give the host's user id.
+ARG USER_ID=1000
+RUN userdel --remove ubuntu \
+    && useradd --create-home --uid "$USER_ID" kfac \
+    && mkdir /data /runs \
+    && chown kfac /runs
+WORKDIR /home/kfac/project
+COPY --chown=kfac . .
+RUN chown kfac .
+USER ${USER_ID}
+
+# Keys (WANDB_API_KEY) are passed when a container starts and are in no layer.
+ENTRYPOINT ["./run.sh"]
+CMD ["--help"]

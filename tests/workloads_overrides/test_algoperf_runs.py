@@ -1,0 +1,211 @@
+"""Real AlgoPerf, real data formats: K-FAC through the unmodified submission_runner, on a CPU.
+
+Needs an interpreter with AlgoPerf: the one that runs the tests, or that of the environment which
+`./run.sh setup --algoperf` makes. Takes minutes; without AlgoPerf everything here is skipped.
+"""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.algoperf, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+FIND = """
+import importlib.util, sys
+sys.exit(not all(map(importlib.util.find_spec, ("algoperf", "submission_runner"))))
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A workload at miniature size, and what its runs evaluate."""
+
+    data: str
+    train: int
+    evaluation: int
+    batch_size: int
+    steps: int
+    update_rule: str
+    learning_rate: float
+    metric: str
+
+
+CASES = {
+    "ogbg": Case("ogbg", 300, 64, 16, 20, "nesterov", 0.01, "mean_average_precision"),
+    "imagenet_vit": Case("imagenet", 80, 20, 8, 3, "nadamw", 0.001, "accuracy"),
+}
+
+
+@pytest.fixture(scope="module")
+def python():
+    """An interpreter that can import AlgoPerf."""
+    environment = Path(os.environ.get("ALGOPERF_VENV_DIR", ROOT / ".venv-algoperf"))
+    for candidate in (sys.executable, str(environment / "bin" / "python")):
+        if Path(candidate).exists():
+            found = subprocess.run([candidate, "-c", FIND], check=False, capture_output=True)
+            if found.returncode == 0:
+                return candidate
+    pytest.skip("AlgoPerf is not importable here; `./run.sh setup --algoperf` installs it")
+
+
+@pytest.fixture(scope="module")
+def data(python, tmp_path_factory):
+    """Miniature data folders by workload."""
+    folders = {}
+    for workload, case in CASES.items():
+        folders[workload] = tmp_path_factory.mktemp("data") / case.data
+        sizes = [f"--train={case.train}", f"--evaluation={case.evaluation}"]
+        made = start(
+            python, ["-m", "workloads_overrides.miniature", case.data, folders[workload], *sizes]
+        )
+        if made.returncode == 2 and "install with pip" in made.stderr:
+            pytest.skip(made.stderr.strip().splitlines()[-1])
+        assert made.returncode == 0, made.stderr
+    return folders
+
+
+def start(python, arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        environment.pop(name, None)
+    return subprocess.run(
+        [python, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+
+
+def settings(case, approx, folder):
+    """A tuning file with one point that updates factors and inverses often."""
+    point = {
+        "kfac_approx": approx,
+        "update_rule": case.update_rule,
+        "learning_rate": case.learning_rate,
+        "damping": 0.01,
+        "factor_update_steps": 2,
+        "inverse_update_steps": 2,
+        "training_steps": 100,
+        "warmup_steps": 1,
+    }
+    path = folder / f"kfac_{approx}.json"
+    path.write_text(json.dumps([point]))
+    return path
+
+
+def launch(python, workload, approx, data_dir, folder, steps, processes=1):
+    case = CASES[workload]
+    launcher = ["-m", "workloads_overrides.launch"]
+    if processes > 1:
+        launcher = [
+            *("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"),
+            *launcher,
+        ]
+    return start(
+        python,
+        [
+            *launcher,
+            "--miniature",
+            f"--batch-size={case.batch_size}",
+            "--set=eval_period_time_sec=1",  # evaluations, and so checkpoints, on the way
+            "--",
+            f"--workload={workload}",
+            f"--data_dir={data_dir}",
+            f"--experiment_dir={folder}",
+            f"--experiment_name={approx}",
+            f"--tuning_search_space={settings(case, approx, folder)}",
+            f"--max_global_steps={steps}",
+            "--rng_seed=1",
+            "--notorch_compile",
+        ],
+    )
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def checkpoints(trial):
+    return sorted(int(path.name.partition("_")[2]) for path in trial.glob("checkpoint_*"))
+
+
+def check_evaluations(trial, case, steps):
+    """Rows for the three splits, finite, the last of them at the last step."""
+    evaluations = rows(trial / "eval_measurements.csv")
+    assert len(evaluations) >= 2
+    for row in evaluations:
+        for split in ("train", "validation", "test"):
+            assert 0.0 <= float(row[f"{split}/{case.metric}"]) <= 1.0
+            assert float(row[f"{split}/loss"]) < 100
+    assert int(float(evaluations[-1]["global_step"])) == steps
+    return evaluations
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("workload", list(CASES))
+def test_kfac_trains_evaluates_saves_and_resumes(python, data, tmp_path, workload, approx):
+    case = CASES[workload]
+    trial = tmp_path / approx / f"{workload}_pytorch" / "trial_1"
+
+    first = launch(python, workload, approx, data[workload], tmp_path, case.steps)
+    assert first.returncode == 0, first.stderr[-4000:]
+    assert "Eval step" not in first.stderr
+    files = {path.name for path in trial.iterdir()}
+    assert files >= {
+        "eval_measurements.csv",
+        "measurements.csv",
+        "hparams.json",
+        "flags_0.json",
+        "meta_data_0.json",
+        f"checkpoint_{case.steps}",
+    }
+    check_evaluations(trial, case, case.steps)
+    meta_data = json.loads((trial / "meta_data_0.json").read_text())
+    assert meta_data["workload.num_validation_examples"] == case.evaluation
+    assert json.loads((trial / "hparams.json").read_text())["kfac_approx"] == approx
+
+    # A finished run is marked as finished; without its last checkpoint it is one that was cut off.
+    *_, interrupted_at, last = checkpoints(trial)
+    (trial / f"checkpoint_{last}").unlink()
+    second = launch(python, workload, approx, data[workload], tmp_path, case.steps + 2)
+    assert second.returncode == 0, second.stderr[-4000:]
+    assert "Eval step" not in second.stderr
+    assert re.search(rf"Loaded checkpoint from \S*checkpoint_{interrupted_at}\b", second.stderr)
+    evaluations = check_evaluations(trial, case, case.steps + 2)
+    resumed = [row for row in evaluations if int(float(row["preemption_count"])) == 1]
+    assert resumed
+    assert all(int(float(row["global_step"])) > interrupted_at for row in resumed)
+    assert {"flags_1.json", "meta_data_1.json"} <= {path.name for path in trial.iterdir()}
+
+
+def test_two_processes_train_together_over_gloo(python, data, tmp_path):
+    done = launch(python, "ogbg", "reduce", data["ogbg"], tmp_path, steps=6, processes=2)
+    assert done.returncode == 0, done.stderr[-4000:]
+    trial = tmp_path / "reduce" / "ogbg_pytorch" / "trial_1"
+    check_evaluations(trial, CASES["ogbg"], steps=6)
+
+
+def test_a_wrong_setting_is_one_line_before_training(python, data, tmp_path):
+    done = start(
+        python,
+        [
+            *("-m", "workloads_overrides.launch", "--set=step_hnit=7", "--"),
+            *("--workload=ogbg", f"--data_dir={data['ogbg']}", f"--experiment_dir={tmp_path}"),
+            *("--experiment_name=wrong", "--tuning_ruleset=self"),
+        ],
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: --set step_hnit: OgbgWorkload has no")
+    assert list(tmp_path.iterdir()) == []
