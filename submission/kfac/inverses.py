@@ -1,8 +1,9 @@
 """Damped inverses of curvature blocks, and how they act on gradients.
 
-An inverse is a plain dict of tensors, so that it can be stored and restored as it is. What
-happens when a factorisation fails: it is repeated in float64; if that fails too, `None` says so
-and the caller keeps the previous inverse.
+An inverse is a plain dict of tensors, so that it can be stored and restored as it is; it shares
+no memory with the averages, which change in place. When a factorisation fails, it is repeated in
+float64, then with the damping raised to the accuracy to which the factor is known at all; if that
+fails too, `None` says so and the caller keeps the previous inverse.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def invert(part: Part, averages: Sums, kind: str, damping: float, relative: bool
         f = averages["F"]
         mean = f[[0, -1]].mean() if isinstance(part, UnitwisePart) else f.mean()
         strength = damping * mean if relative else torch.full_like(mean, damping)
-        return {"F": f, "damping": torch.where(strength > 0, strength, damping)}
+        return {"F": f.clone(), "damping": torch.where(strength > 0, strength, damping)}
     a, b = averages["A"], averages["B"]
     mean_a = damping_rules.mean_eigenvalue(a, part.diagonal_input)
     mean_b = damping_rules.mean_eigenvalue(b, part.diagonal_gradient)
@@ -60,9 +61,17 @@ def damped_inverse(factor: Tensor, added: Tensor, diagonal: bool) -> Tensor | No
     """(factor + added·I)⁻¹ for [groups, d, d] (Cholesky), or [groups, d] where diagonal."""
     if diagonal:
         return (factor + added.unsqueeze(-1)).reciprocal()
-    for dtype in (factor.dtype, torch.float64):
-        damped = factor.to(dtype).clone()
-        damped.diagonal(dim1=-2, dim2=-1).add_(added.to(dtype).unsqueeze(-1))
+    # Rounding moves eigenvalues of a sum of outer products by about this much.
+    largest = factor.diagonal(dim1=-2, dim2=-1).amax(-1)
+    resolution = torch.finfo(factor.dtype).eps * factor.shape[-1] * largest
+    attempts = (
+        (factor.dtype, added),
+        (torch.float64, added),
+        (torch.float64, torch.maximum(added, resolution)),
+    )
+    for dtype, extra in attempts:
+        damped = factor.to(dtype, copy=True)
+        damped.diagonal(dim1=-2, dim2=-1).add_(extra.to(dtype).unsqueeze(-1))
         lower, info = torch.linalg.cholesky_ex(damped)
         if not bool((info == 0).all()):
             continue
@@ -75,7 +84,7 @@ def damped_inverse(factor: Tensor, added: Tensor, diagonal: bool) -> Tensor | No
 def eigendecomposition(factor: Tensor, diagonal: bool) -> tuple[Tensor, Tensor | None] | None:
     """(eigenvalues [groups, d], clamped at 0; eigenvectors [groups, d, d], None if diagonal)."""
     if diagonal:
-        return factor, None
+        return factor.clone(), None
     for dtype in (factor.dtype, torch.float64):
         try:
             values, vectors = torch.linalg.eigh(factor.to(dtype))
