@@ -100,10 +100,10 @@ def run_record(run: Run) -> dict[str, Any]:
     return cleaned
 
 
-def _stat(stat: Stat) -> dict[str, Any]:
+def _stat(stat: Stat, paper: bool) -> dict[str, Any]:
     return {
-        "reached": stat.n,
-        "total": stat.total,
+        "reached": None if paper else stat.n,
+        "total": None if paper else stat.total,
         "mean": stat.mean,
         "standard_error": stat.stderr,
         "median": stat.median,
@@ -128,8 +128,8 @@ def group_record(group: Group) -> dict[str, Any]:
         "fraction_reached": group.reached / len(group.runs) if group.runs else None,
         "statuses": dict(group.statuses),
         "mean_over": group.repetitions,
-        "steps": _stat(group.steps),
-        "seconds": _stat(group.seconds),
+        "steps": _stat(group.steps, group.paper),
+        "seconds": _stat(group.seconds, group.paper),
         "ratio_steps": _ratio(group.ratio_steps),
         "ratio_seconds": _ratio(group.ratio_seconds),
         "algoperf_steps": group.algoperf_steps,

@@ -1,15 +1,13 @@
 """The figures of the paper that this project reproduces, as reference rows.
 
 Source: Eschenhagen et al., "Kronecker-Factored Approximate Curvature for Modern Neural Network
-Architectures", NeurIPS 2023 (arXiv 2311.00636), section 4: steps to the validation target, mean
-and standard error over three seeds. A figure that is None is not stated here.
+Architectures", NeurIPS 2023 (arXiv 2311.00636): steps to the validation target, ``mean ± standard
+error`` over repetitions. The hours could not be verified against the paper's text and are None.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-SEEDS = 3
 
 
 @dataclass(frozen=True)
@@ -20,8 +18,8 @@ class PaperRow:
         label: name in tables.
         kind: ``"reference"``, ``"expand"`` or ``"reduce"``.
         steps: mean steps to target.
-        steps_stderr: its standard error over three seeds.
-        hours: mean hours to target (None: not stated here).
+        steps_stderr: its standard error.
+        hours: mean hours to target (None: not verified).
     """
 
     label: str

@@ -33,6 +33,10 @@ def _value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
+def _two_lines(cell: str) -> str:
+    return cell.replace(" (after ", "\n(after ")
+
+
 def _run(run: Run) -> dict[str, Any]:
     return {
         "method": run.method,
@@ -40,9 +44,9 @@ def _run(run: Run) -> dict[str, Any]:
         "trial": run.trial,
         "reached": run.reached,
         "status": str(run.status),
-        "step": text.crossing_step(run.crossing),
-        "time": text.crossing_time(run.crossing),
-        "test_step": text.crossing_step(run.test_crossing),
+        "step": _two_lines(text.crossing_step(run.crossing)),
+        "time": _two_lines(text.crossing_time(run.crossing)),
+        "test_step": _two_lines(text.crossing_step(run.test_crossing)),
         "resumes": run.resumes,
         "evidence": "; ".join((run.evidence, *run.notes)),
         "hardware": hardware(run.meta),

@@ -22,13 +22,13 @@ caption { text-align: left; color: #444; padding-bottom: .3rem; }
 th, td { padding: .28rem .7rem; border-bottom: 1px solid #ccc; text-align: left;
          vertical-align: top; }
 th { border-bottom: 2px solid #555; background: #f3f3f3; }
-td.n, th.n { text-align: right; white-space: nowrap; }
+td.n, th.n { text-align: right; white-space: pre; }
 tr.reference td { background: #eef4fb; }
 tr.paper td { color: #444; font-style: italic; }
 .status { white-space: nowrap; font-weight: 600; }
 .reached { color: #00573f; }
 .other { color: #8a2c00; }
-.evidence { max-width: 34rem; }
+.evidence { min-width: 16rem; max-width: 40rem; overflow-wrap: anywhere; }
 .warnings li, .notes li { margin: .2rem 0; max-width: 74rem; }
 img { max-width: 100%; height: auto; display: block; margin: .5rem 0; }
 details { margin: .15rem 0; }

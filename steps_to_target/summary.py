@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from steps_to_target.differences import comparison_warnings
 from steps_to_target.errors import CompareError
 from steps_to_target.model import Run, Status
-from steps_to_target.paper import PAPER_ROWS, SEEDS, PaperRow, paper_kind
+from steps_to_target.paper import PAPER_ROWS, PaperRow, paper_kind
 from steps_to_target.statistics import Ratio, Stat, describe, median_with_misses, ratio_of_means
 
 _SEED_NAMES = {"seed", "rng_seed", "random_seed"}
@@ -157,9 +157,9 @@ def _paper_group(workload: str, row: PaperRow, reference: PaperRow) -> Group:
         workload=workload,
         method=row.label,
         runs=(),
-        repetitions=f"{SEEDS} seeds",
-        steps=Stat(SEEDS, row.steps, row.steps_stderr, math.nan, SEEDS),
-        seconds=Stat(SEEDS if row.hours else 0, seconds, math.nan, math.nan, SEEDS),
+        repetitions="as published",
+        steps=Stat(1, row.steps, row.steps_stderr, math.nan, 1),
+        seconds=Stat(1 if row.hours else 0, seconds, math.nan, math.nan, 1),
         ratio_steps=None if own else Ratio(row.steps / reference.steps, None, None),
         ratio_seconds=None if own or base is None else Ratio(seconds / base, None, None),
         is_reference=own,

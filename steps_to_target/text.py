@@ -178,7 +178,10 @@ def _run_parts(workload: str, members: list[Run], width: int) -> list[Renderable
     title = f"{workload}: single runs (the true crossing lies after the evaluation in brackets)"
     kept = len(RUN_COLUMNS) - (0 if width >= _NARROW else 2)
     rows = [run_row(run)[:kept] for run in shown]
-    parts: list[RenderableType] = [_table(title, RUN_COLUMNS[:kept], rows, {2, 3, 4, 5}, width)]
+    parts: list[RenderableType] = [
+        Text(title, style="bold"),
+        _table(RUN_COLUMNS[:kept], rows, {2, 3, 4, 5}, width),
+    ]
     parts += [
         Text(f"{run.method} study {run.study} trial {run.trial}: {run.status}: {run.evidence}")
         for run in shown
@@ -197,14 +200,10 @@ def _stacked(cell: str, width: int) -> str:
     return cell if width >= _NARROW else _INTERVAL_COMMA.sub(",\n", cell)
 
 
-def _table(
-    title: str, columns: tuple[str, ...], rows: list[list[str]], right: set[int], width: int
-) -> Table:
+def _table(columns: tuple[str, ...], rows: list[list[str]], right: set[int], width: int) -> Table:
     """A table in which numbers stay whole and names give way."""
     rows = [[_stacked(cell, width) for cell in row] for row in rows]
     table = Table(
-        title=escape(title),
-        title_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1),
         collapse_padding=True,
@@ -239,9 +238,9 @@ class Comparison:
         kept = len(METHOD_COLUMNS) - (0 if width >= _WIDE else 2)
         for workload in summary.workloads:
             groups = summary.of(workload)
-            title = workload_title(summary, workload)
+            yield Text(workload_title(summary, workload), style="bold")
             rows = [row[:kept] for row in method_rows(groups)]
-            yield _table(title, METHOD_COLUMNS[:kept], rows, {2, 3, 4, 5, 6}, width)
+            yield _table(METHOD_COLUMNS[:kept], rows, {2, 3, 4, 5, 6}, width)
             if self.runs:
                 yield from _run_parts(workload, [run for g in groups for run in g.runs], width)
         yield from (Text(f"note: {note}") for note in summary.paper_notes)
@@ -277,7 +276,10 @@ def render_profile(profile: Profile) -> Group:
     )
     columns = ("method", "score", *(f"{workload} ratio" for workload in profile.workloads))
     right = set(range(1, len(columns)))
-    parts: list[RenderableType] = [_table(title, columns, rows, right, _WIDE)]
+    parts: list[RenderableType] = [
+        Text(title, style="bold"),
+        _table(columns, rows, right, _WIDE),
+    ]
     if profile.absent:
         parts.append(Text(f"no runs, counted as not reached: {'; '.join(profile.absent)}"))
     return Group(*parts)
