@@ -33,7 +33,7 @@ flags of the submission runner that are filled in unless given:
   --framework=pytorch  --submission_path=submission/submission.py  --experiment_dir=runs
   --tuning_search_space=tuning_search_space.json
   --resume_last_run, unless there is --overwrite: an existing run goes on, without a question
-  --imagenet_v2_data_dir as --data_dir, for the ImageNet workloads
+  --imagenet_v2_data_dir, for the ImageNet workloads, if it is in --data_dir or beside it
 """
 
 

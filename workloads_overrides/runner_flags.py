@@ -69,8 +69,8 @@ def complete(argv: Sequence[str], working_directory: Path) -> RunnerFlags:
     """Checks the runner's flags and adds those that follow from the others.
 
     Added unless given: `DEFAULTS` and the search space; `--resume_last_run`, so that the runner
-    never waits for an answer; for the ImageNet workloads `--imagenet_v2_data_dir`, which AlgoPerf
-    keeps in the same folder.
+    never waits for an answer; for the ImageNet workloads `--imagenet_v2_data_dir`, if the folder
+    `imagenet_v2` is in the data folder or, as AlgoPerf's download leaves it, beside it.
 
     Args:
         argv: The flags as typed, without the program's name.
@@ -96,10 +96,20 @@ def complete(argv: Sequence[str], working_directory: Path) -> RunnerFlags:
     if not data_dir.is_dir():
         raise LaunchError(f"--data_dir={data_dir}: no such folder; give the data set's folder")
     if str(flags.value("workload")).startswith("imagenet"):
-        flags = flags.with_default("imagenet_v2_data_dir", str(data_dir))
+        flags = flags.with_default("imagenet_v2_data_dir", str(_beside(data_dir)))
     if not flags.is_on("overwrite"):
         flags = flags.with_default("resume_last_run")
     return flags
+
+
+def _beside(data_dir: Path) -> Path:
+    for folder in (data_dir, data_dir.parent):
+        if (folder / "imagenet_v2").is_dir():
+            return folder
+    raise LaunchError(
+        f"no folder imagenet_v2 (the test split) in {data_dir} or beside it; name the folder that "
+        "holds it with --imagenet_v2_data_dir"
+    )
 
 
 def trial_folders(flags: RunnerFlags) -> Path | None:

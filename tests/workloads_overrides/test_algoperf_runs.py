@@ -36,11 +36,12 @@ class Case:
     update_rule: str
     learning_rate: float
     metric: str
+    eval_period: int
 
 
 CASES = {
-    "ogbg": Case("ogbg", 300, 64, 16, 20, "nesterov", 0.01, "mean_average_precision"),
-    "imagenet_vit": Case("imagenet", 80, 20, 8, 3, "nadamw", 0.001, "accuracy"),
+    "ogbg": Case("ogbg", 300, 64, 16, 20, "nesterov", 0.01, "mean_average_precision", 4),
+    "imagenet_vit": Case("imagenet", 80, 20, 8, 3, "nadamw", 0.001, "accuracy", 1),
 }
 
 
@@ -118,7 +119,8 @@ def launch(python, workload, approx, data_dir, folder, steps, processes=1):
             *launcher,
             "--miniature",
             f"--batch-size={case.batch_size}",
-            "--set=eval_period_time_sec=1",  # evaluations, and so checkpoints, on the way
+            # Seconds between evaluations, and so checkpoints: there are some on the way.
+            f"--set=eval_period_time_sec={case.eval_period}",
             "--",
             f"--workload={workload}",
             f"--data_dir={data_dir}",

@@ -55,9 +55,16 @@ def test_what_follows_from_the_other_flags_is_added(folder):
     assert trial_folders(flags) == Path("runs/try/ogbg_pytorch")
 
 
-def test_imagenet_v2_lies_beside_imagenet(folder):
+@pytest.mark.parametrize("place", ["data", "."])
+def test_imagenet_v2_is_found_in_the_data_folder_or_beside_it(folder, place):
+    (folder / place / "imagenet_v2").mkdir()
     flags = complete(("--workload=imagenet_vit", *GIVEN[1:]), folder)
-    assert flags.value("imagenet_v2_data_dir") == "data"
+    assert flags.value("imagenet_v2_data_dir") == place
+
+
+def test_without_imagenet_v2_the_flag_is_asked_for(folder):
+    with pytest.raises(LaunchError, match="name the folder that holds it"):
+        complete(("--workload=imagenet_vit", *GIVEN[1:]), folder)
 
 
 def test_what_is_given_stays(folder):
