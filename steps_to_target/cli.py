@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -158,6 +159,10 @@ def run(argv: Sequence[str] | None = None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0, or 2 with one line on the error output."""
+    for stream in (sys.stdout, sys.stderr):
+        # A folder's name need not be valid text, nor can every terminal show a ± sign.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         run(argv)
     except CompareError as error:

@@ -86,11 +86,13 @@ def reached_text(group: MethodGroup) -> str:
     return f"{group.reached}/{len(group.runs)}" + (f" ({', '.join(others)})" if others else "")
 
 
-def median_text(value: float, shown: str, paper: bool) -> str:
-    """A median in which a miss is infinite."""
-    if paper or math.isnan(value):
+def algoperf_time(group: MethodGroup, hours: bool) -> str:
+    """Median over studies of the fastest trial, in which a miss is infinite."""
+    if group.paper or math.isnan(group.algoperf_seconds):
         return DASH
-    return "not reached" if math.isinf(value) else shown
+    if math.isfinite(group.algoperf_seconds):
+        return duration(group.algoperf_seconds, hours)
+    return "no time logged" if group.reached and not group.seconds.n else "not reached"
 
 
 def workload_title(summary: Summary, workload: str) -> str:
@@ -115,9 +117,7 @@ def method_rows(groups: list[MethodGroup]) -> list[list[str]]:
             ratio_text(group.ratio_steps, group.is_reference and group.steps.n > 0),
             mean_time(group.seconds, hours),
             ratio_text(group.ratio_seconds, group.is_reference and group.seconds.n > 0),
-            median_text(
-                group.algoperf_seconds, duration(group.algoperf_seconds, hours), group.paper
-            ),
+            algoperf_time(group, hours),
             group.repetitions,
         ]
         for group in groups

@@ -1,10 +1,13 @@
 """The command line: what it prints, and its one-line errors."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from make_fixtures import rows_to, write_trial
 
 from steps_to_target.cli import main
 
@@ -58,6 +61,28 @@ def test_errors_take_one_line(small_set, tmp_path, capsys, arguments, words):
     assert printed.out == ""
     assert printed.err.count("\n") == 1
     assert words in printed.err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folder names are bytes on POSIX systems only")
+def test_folder_names_that_are_no_text_and_terminals_without_signs(tmp_path):
+    name = os.path.join(os.fsencode(tmp_path), b"m\xff", b"study_0", b"ogbg_jax", b"trial_1")
+    write_trial(Path(os.fsdecode(name)), "ogbg", rows_to("ogbg", 9000))
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "steps_to_target",
+            str(tmp_path),
+            "--json",
+            str(tmp_path / "o.json"),
+        ],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii:strict"},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert b"9,474" in result.stdout
+    assert json.loads((tmp_path / "o.json").read_text())["runs"][0]["status"] == "reached"
 
 
 def test_help_and_module_entry():

@@ -168,6 +168,19 @@ def test_text_is_whole(small_set):
         assert words in text
 
 
+def test_run_without_logged_time_still_has_steps(tmp_path):
+    times = ("accumulated_submission_time", "score", "total_duration")
+    rows = [{k: v for k, v in row.items() if k not in times} for row in rows_to("ogbg", 9000)]
+    trial = write_trial(study_folder(tmp_path, "a", 0, "ogbg"), "ogbg", rows, final=False)
+    (trial / "measurements.csv").unlink()
+    summary = summarize(load_runs([tmp_path]), paper=False)
+    (group,) = summary.groups
+    assert (group.steps.mean, group.seconds.n) == (9474, 0)
+    text = render_text(summary, width=150, runs=True)
+    assert "no time logged" in text
+    assert "not reached" not in text
+
+
 def test_markup_in_names_is_shown_as_it_is(tmp_path):
     method = "[red]x[bold]"
     write_trial(tmp_path / method / "study_0" / "ogbg_jax" / "trial_1", "ogbg", rows_to("ogbg", 9))
