@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from workloads_overrides import cpu, installation, outcome, registration, runner_flags
+from workloads_overrides import cpu, installation, outcome, registration, runner_flags, search
 from workloads_overrides.budgets import paper_budget
 from workloads_overrides.errors import LaunchError
 from workloads_overrides.miniature.manifest import read_properties
@@ -161,7 +161,8 @@ def run(plan: Plan) -> None:
 
     Raises:
         LaunchError: AlgoPerf or the workload cannot be imported, an override does not fit the
-            workload, or the run ended without a single evaluation.
+            workload, a run to go on with has other hyperparameters, or the run ended without a
+            single evaluation.
     """
     installation.require_algoperf()
     if plan.on_cpu:
@@ -170,17 +171,18 @@ def run(plan: Plan) -> None:
     registry = installation.import_registry()
     override_properties(installation.workload_class(registry, plan.workload), plan.overrides)
     from absl import app
-    from algoperf import data_utils
+    from algoperf import data_utils, halton
 
     if plan.on_cpu:
         cpu.apply_all(cpu.algoperf_replacements(data_utils))
+    trials = runner_flags.trial_folders(plan.flags)
+    search.register_search(halton, trials)
     registration.register_properties(registry, plan.overrides)
     if plan.batch_size is not None:
         registration.register_batch_size(runner, registry, plan.batch_size)
 
     def run_and_check(argv: list[str]) -> None:
         runner.main(argv)
-        trials = runner_flags.trial_folders(plan.flags)
         if _is_first_process() and trials is not None and not plan.flags.is_on("skip_evals"):
             outcome.require_evaluations(trials)
 

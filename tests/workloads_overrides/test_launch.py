@@ -77,7 +77,7 @@ def test_a_dry_run_prints_settings_and_command_and_needs_no_algoperf(folder, cap
         (["--batch-size=0", "--", *GIVEN], "--batch-size 0: must be at least 1"),
         (["--set", "step_hint", "--", *GIVEN], "PROPERTY=VALUE"),
         (["--paper-budget", "--", *GIVEN, "--workload=wmt"], "no run of workload 'wmt'"),
-        (["--miniature", "--", *GIVEN, "--workload=imagenet_vit"], "holds data of ogbg"),
+        (["--miniature", "--", *GIVEN, "--workload=wmt"], "holds data of ogbg"),
         (["--miniature", "--", *GIVEN, "--data_dir=submission"], "has no miniature.json"),
         (["--", "--workload=ogbg"], "missing: --data_dir"),
     ],
