@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 TAIL_BYTES = 16_384
 _WHOLE_FILE_BYTES = 32_768
@@ -93,10 +94,14 @@ def _to_rows(
     values = [
         _numbers(cells) for name, cells in zip(columns, by_column, strict=False) if wanted(name)
     ]
-    return [
-        {name: value for name, value in zip(kept, row, strict=True) if value is not None}
-        for row in zip(*values, strict=True)
-    ] or [{} for _ in usable]
+    rows = zip(*values, strict=True)
+    if any(None in column for column in values):
+        return [
+            {name: value for name, value in zip(kept, row, strict=True) if value is not None}
+            for row in rows
+        ]
+    whole = cast("list[tuple[float, ...]]", list(rows))
+    return [dict(zip(kept, row, strict=True)) for row in whole] or [{} for _ in usable]
 
 
 def read_csv(
