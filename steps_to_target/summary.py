@@ -14,6 +14,7 @@ from steps_to_target.errors import CompareError
 from steps_to_target.model import Run, Status
 from steps_to_target.paper import PAPER_ROWS, PaperRow, paper_kind
 from steps_to_target.statistics import Ratio, Stat, describe, median_with_misses, ratio_of_means
+from steps_to_target.targets import builtin_target
 
 _SEED_NAMES = {"seed", "rng_seed", "random_seed"}
 _MISS = math.inf
@@ -245,8 +246,23 @@ def summarize(runs: Sequence[Run], reference: str | None = None, *, paper: bool 
         if paper and workload in PAPER_ROWS:
             rows = PAPER_ROWS[workload]
             groups += [_paper_group(workload, row, rows[0]) for row in rows]
-            notes += [note for note in map(_paper_note, own) if note]
+            other = _other_targets(workload, own)
+            warnings += other
+            if not other:
+                notes += [note for note in map(_paper_note, own) if note]
     return Summary(reference, tuple(groups), tuple(warnings), tuple(notes))
+
+
+def _other_targets(workload: str, groups: Iterable[Group]) -> list[str]:
+    """Say where runs had another target than the paper's, so that its figures do not apply."""
+    paper = builtin_target(workload)
+    targets = {run.target.validation for group in groups for run in group.runs if run.target}
+    if paper is None or all(math.isclose(value, paper.validation) for value in targets):
+        return []
+    return [
+        f"{workload}: the paper's rows are for {paper.column} {paper.sign} {paper.validation:.6g}, "
+        "not for the target of these runs"
+    ]
 
 
 def _censored(groups: Iterable[Group]) -> list[str]:

@@ -154,6 +154,17 @@ def test_paper_rows_and_verdict(small_set):
     assert not any(g.paper for g in summarize(load_runs([small_set]), paper=False).groups)
 
 
+def test_paper_rows_are_not_for_another_target(tmp_path):
+    meta = {"workload.validation_target_value": 0.1}
+    for study in (0, 1):
+        for method in ("ref", "kfac_reduce"):
+            trial = study_folder(tmp_path, method, study, "ogbg")
+            write_trial(trial, "ogbg", rows_to("ogbg", 9000), meta=meta)
+    summary = summarize(load_runs([tmp_path]), "ref")
+    assert any("the paper's rows are for" in warning for warning in summary.warnings)
+    assert summary.paper_notes == ()
+
+
 def test_text_is_whole(small_set):
     text = render_text(summarize(load_runs([small_set]), "nesterov"), width=150, runs=True)
     for words in (
