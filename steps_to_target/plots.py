@@ -88,12 +88,14 @@ def _limits(axes: Axes, curves: Sequence[FloatArray], runs: Sequence[Run]) -> No
     targets = {run.target.validation for run in runs if run.target}
     if not values.size or not targets:
         return
+    # With few evaluations all of them matter.
+    cut = 15.0 if values.size >= 10 * len(curves) else 0.0
     lower = next(run.target.lower_is_better for run in runs if run.target)
     low, high = float(values.min()), float(values.max())
     if lower:
-        low, high = min(low, *targets), max(float(np.percentile(values, 85)), *targets)
+        low, high = min(low, *targets), max(float(np.percentile(values, 100 - cut)), *targets)
     else:
-        low, high = min(float(np.percentile(values, 15)), *targets), max(high, *targets)
+        low, high = min(float(np.percentile(values, cut)), *targets), max(high, *targets)
     margin = 0.06 * (high - low) or 0.01
     axes.set_ylim(low - margin, high + margin)
 
