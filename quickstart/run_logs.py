@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -175,7 +174,6 @@ def meta_data(workload: Any, rng_seed: int, batch_size: int) -> dict[str, Any]:
     meta["python_compiler"] = platform.python_compiler()
     meta["torch_version"] = torch.__version__
     meta["torch_threads"] = torch.get_num_threads()
-    meta["git_commit_hash"] = _git_commit()
     meta["code_version"] = code_version()
     meta["cpu_model_name"] = _cpu_model_name()
     meta["cpu_count"] = os.cpu_count()
@@ -200,15 +198,6 @@ def code_version(submission: Path | None = None) -> str:
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
-
-
-def _git_commit() -> str | None:
-    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() or None
 
 
 def _cpu_model_name() -> str | None:

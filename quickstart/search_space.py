@@ -7,8 +7,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import qmc
-
 from quickstart.errors import QuickstartError
 
 
@@ -63,6 +61,8 @@ def _check_points(content: list[Any], path: Path) -> list[dict[str, Any]]:
 def _draw(space: dict[str, Any], num_trials: int, seed: int, path: Path) -> list[dict[str, Any]]:
     if not space:
         raise QuickstartError(f"{path} names no hyperparameter")
+    from scipy.stats import qmc  # Only needed here, and slow to import.
+
     draws = qmc.Halton(len(space), rng=seed).random(num_trials)
     return [
         {

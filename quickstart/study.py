@@ -51,7 +51,7 @@ class PlannedRun:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the study; returns 1 if a run failed, 130 if it was interrupted."""
     options = _parse(arguments)
-    console = Console()
+    console = console_for_tables()
     study = settings.read_study(options.workload)
     methods = options.methods or study.methods
     seeds = study.seeds if options.seeds is None else options.seeds
@@ -60,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data_dir = options.data_dir
     if options.workload == "molecules":
         data_dir = (data_dir or molecules.DEFAULT_DATA_DIR).expanduser()
-        console.print(molecules.describe(molecules.prepare(data_dir)), highlight=False)
+        console.print(
+            molecules.describe(molecules.prepare(data_dir)), highlight=False, soft_wrap=True
+        )
     workload = build_workload(options.workload, data_dir)
     workload.set_targets(study.validation_target_value, study.test_target_value)
     submission = submissions.load(options.submission_path)
@@ -79,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{workload.validation_target_value:g} (test {workload.test_target_value:g}), at most "
         f"{steps} steps, {options.jobs} runs at a time",
         highlight=False,
+        soft_wrap=True,
     )
     common = [
         f"--workload={options.workload}",
@@ -97,6 +100,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted: run the same command again to go on where it stopped", file=sys.stderr)
         return 130
     return _report(folder, methods, reference, outcomes, console)
+
+
+def console_for_tables() -> Console:
+    """A console that is wide enough for a table where the output goes into a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -169,7 +178,7 @@ def _explain(plan: list[PlannedRun], folder: Path, console: Console) -> None:
     def say(state: str, text: str) -> None:
         count = sum(run.state == state for run in plan)
         if count:
-            console.print(f"{count} of {len(plan)} runs {text}", highlight=False)
+            console.print(f"{count} of {len(plan)} runs {text}", highlight=False, soft_wrap=True)
 
     say("complete", f"in {folder} are complete (same settings, data and code) and are reused")
     say("begun", "were interrupted and go on from their last checkpoint")
@@ -196,7 +205,7 @@ def _copy_tuning(workload: str, folder: Path, console: Console) -> None:
         counts[point["method"]] = counts.get(point["method"], 0) + 1
     budget = ", ".join(f"{method} {count}" for method, count in counts.items())
     console.print(f"points tried in tuning: {budget} (all in {folder / 'tuning.json'})",
-                  highlight=False)  # fmt: skip
+                  highlight=False, soft_wrap=True)  # fmt: skip
 
 
 def _report(

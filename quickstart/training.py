@@ -6,6 +6,7 @@ bit (generators, data position and log files are part of the checkpoint); an err
 evaluation ends the run.
 """
 
+import random
 import time
 import traceback
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 
 from quickstart import checkpoints, rng
@@ -94,7 +96,13 @@ class TrainingRun:
         self.logger = logger
         keys = rng.split(rng.split(rng.key(settings.rng_seed), 2)[0], 4)
         data_rng, optimizer_rng, model_rng, self.rng = keys
-        self.queue = workload._build_input_queue(data_rng, "train", None, settings.batch_size)
+        # A submission may draw from Python's and NumPy's own generators too.
+        random.seed(settings.rng_seed)
+        np.random.seed(settings.rng_seed % 2**32)
+        try:
+            self.queue = workload._build_input_queue(data_rng, "train", None, settings.batch_size)
+        except ValueError as error:
+            raise QuickstartError(f"--batch_size={settings.batch_size}: {error}") from error
         self.model, self.model_state = workload.init_model_fn(model_rng)
         workload.attach_metrics_logger(logger)
         self.optimizer_state = self._init_optimizer_state(optimizer_rng)

@@ -19,13 +19,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from quickstart import molecules, run_logs, settings
 from quickstart.errors import QuickstartError, run_reporting_errors, writing
 from quickstart.parallel import Job, Outcome, run_jobs
-from quickstart.study import DEFAULT_SUBMISSION
+from quickstart.study import DEFAULT_SUBMISSION, console_for_tables
 from quickstart.workloads import WORKLOADS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,7 +60,7 @@ class Tried:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the grids; returns 130 if interrupted."""
     options = _parse(arguments)
-    console = Console()
+    console = console_for_tables()
     study = settings.read_study(options.workload)
     if options.workload == "molecules":
         molecules.prepare((options.data_dir or molecules.DEFAULT_DATA_DIR).expanduser())
