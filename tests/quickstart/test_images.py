@@ -71,7 +71,7 @@ def test_packed_jpegs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert data.classes.tolist() == [1, 5, 9, 7]
     assert abs(int(data.images[2, 0].mean()) - 180) < 3
     (tmp_path / "cifar10_jpeg_test.npz").write_bytes(b"damaged")
-    with pytest.raises(QuickstartError, match="cifar10_jpeg_test.npz is damaged"):
+    with pytest.raises(QuickstartError, match=r"cifar10_jpeg_test\.npz is damaged"):
         images.load(tmp_path)
 
 

@@ -136,7 +136,7 @@ def test_corrupt_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_failed_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pip_that(monkeypatch, 1, None, "WARNING: a\nERROR: No matching distribution\n")
-    with pytest.raises(QuickstartError, match="No matching distribution.*check the connection"):
+    with pytest.raises(QuickstartError, match=r"No matching distribution.*check the connection"):
         molecules.prepare(tmp_path)
 
 

@@ -64,12 +64,16 @@ def test_folders_are_not_overwritten_by_accident(tmp_path: Path) -> None:
 def test_writing_keeps_the_old_content_on_failure(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(QuickstartError, match="the disk is full"), writing(path) as temporary:
-        temporary.write_text("half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(KeyboardInterrupt), writing(path) as temporary:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
+
+    def write_half(error: BaseException) -> None:
+        with writing(path) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(QuickstartError, match="the disk is full"):
+        write_half(OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(KeyboardInterrupt):
+        write_half(KeyboardInterrupt())
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -131,7 +135,7 @@ def test_a_checkpoint_of_another_model(tmp_path: Path) -> None:
     save(tmp_path, 3, 0.03)
     model = torch.nn.Linear(2, 1)
     state = {"optimizer": torch.optim.SGD(model.parameters(), lr=1.0)}
-    with pytest.raises(QuickstartError, match="another model or submission .*size mismatch"):
+    with pytest.raises(QuickstartError, match=r"another model or submission .*size mismatch"):
         checkpoints.restore(tmp_path, model, state)
     model = torch.nn.Linear(1, 1)
     with pytest.raises(QuickstartError, match="no optimizer state 'other'"):

@@ -74,7 +74,7 @@ def test_call_order_and_log_files(flags_for: Flags, tmp_path: Path) -> None:
     assert [row["global_step"] for row in evaluations] == ["1", "3", "6", "9"]
     for split in ("train", "validation", "test"):
         for metric in ("loss", "accuracy", "mean_average_precision"):
-            assert 0 <= float(evaluations[0][f"{split}/{metric}"])
+            assert float(evaluations[0][f"{split}/{metric}"]) >= 0
     with (folder / "eval_measurements.csv").open() as file:
         scores = [float(row["score"]) for row in csv.DictReader(file)]
     assert scores == sorted(scores)
