@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,13 @@ _HATCHES = ("", "///", "...", "xx", "\\\\\\", "++")
 _GRID_POINTS = 200
 _HOURS_FROM = 7200.0
 _PANEL = (5.4, 3.9)
+
+
+def _label(text: str) -> str:
+    """Text that is shown as it is: no mathematics, and in the legend whatever it begins with."""
+    shown = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+    shown = shown.replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def _style(index: int) -> dict[str, Any]:
@@ -124,7 +132,7 @@ def _panel(
         )
         best = [representative(bundle) for bundle in repetitions(shown)]
         mean = mean_curve([_curve(run, against, unit) for run in best])
-        label = f"{method} ({len(best) or 'counts other steps'})"
+        label = _label(f"{method} ({len(best) or 'counts other steps'})")
         style |= {
             "marker": _MARKERS[index % len(_MARKERS)],
             "markerfacecolor": "white",
@@ -197,7 +205,7 @@ def _time_panel(axes: Axes, methods: dict[str, list[Run]]) -> None:
             hatch=_HATCHES[index % len(_HATCHES)],
         )
         left = left + np.array(widths)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [_label(name) for name in names])
     axes.set_ylim(max(len(names), 3) - 0.5, -0.5)
     axes.set_xlabel("ms per step")
     axes.set_title("where a step's time goes", fontsize=10)
@@ -230,8 +238,8 @@ def _figure(workloads: dict[str, list[Run]], everyone: Sequence[str]) -> Figure:
         for axes, against, scale in ((grid[row][0], "steps", 1.0), (grid[row][1], "seconds", unit)):
             _panel(axes, methods, looks, against, scale)
             axes.set_xlabel("steps" if against == "steps" else f"submission time ({unit_name})")
-            axes.set_ylabel(_metric_name(runs))
-            axes.set_title(workload, fontsize=10)
+            axes.set_ylabel(_label(_metric_name(runs)))
+            axes.set_title(_label(workload), fontsize=10)
             axes.grid(True, color="0.9", linewidth=0.6)
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         if len(methods) <= 12:
@@ -263,7 +271,10 @@ def figure_bytes(figure: Figure, suffix: str = "png") -> bytes:
     metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(
         suffix, {"Software": None}
     )
-    figure.savefig(stream, format=suffix, dpi=130, metadata=metadata)
+    with warnings.catch_warnings():
+        # A name in a script that the font lacks is drawn as boxes; the tables have it in full.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(stream, format=suffix, dpi=130, metadata=metadata)
     return stream.getvalue()
 
 
@@ -312,13 +323,14 @@ def profile_figure(profile: Profile) -> Figure:
             profile.taus,
             profile.curves[method],
             where="post",
-            label=f"{method} (score {profile.scores[method]:.3f})",
+            label=_label(f"{method} (score {profile.scores[method]:.3f})"),
             linewidth=1.8,
             **_style(index),
         )
     axes.set_xlabel(f"factor of the best method's {profile.measure} to target")
     axes.set_ylabel("fraction of workloads")
-    axes.set_title(f"performance profile over {', '.join(profile.workloads)}", fontsize=10)
+    names = _label(", ".join(profile.workloads))
+    axes.set_title(f"performance profile over {names}", fontsize=10)
     axes.set_ylim(-0.03, 1.03)
     axes.grid(True, color="0.9", linewidth=0.6)
     if len(ordered) <= 12:

@@ -114,6 +114,18 @@ def test_picture_shows_each_method_target_and_crossings(small_set):
     assert len({patch.get_hatch() for patch in parts.patches}) == 6
 
 
+def test_odd_names_in_pictures(tmp_path, recwarn):
+    methods = ["_hidden", "a$\\frac$b", "方法", "a\\b{c}^d", "tab\there"]
+    for method in methods:
+        trial = study_folder(tmp_path, method, 0, "ogbg")
+        write_trial(trial, "ogbg", rows_to("ogbg", 9000), timed=True)
+    runs = load_runs([tmp_path])
+    assert plot_runs(runs, tmp_path / "x.png").stat().st_size > 0
+    legend = workload_figure("ogbg", runs).axes[0].get_legend()
+    assert len(legend.get_texts()) == len(methods)
+    assert not recwarn.list
+
+
 def test_mean_curve_on_the_common_stretch():
     one = (np.array([0.0, 10.0]), np.array([0.0, 1.0]))
     other = (np.array([5.0, 20.0]), np.array([1.5, 3.0]))
