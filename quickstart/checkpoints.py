@@ -1,5 +1,6 @@
 """Checkpoints that are whole or absent, load without running code, and keep one predecessor."""
 
+import io
 import random
 import re
 import zipfile
@@ -53,16 +54,11 @@ def save(
         "generators": _generator_states(),
         **progress.__dict__,
     }
+    # Through memory: torch reports a full disk as an internal error, an ordinary write says so.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     with writing(folder / f"checkpoint_{progress.global_step}") as temporary:
-        try:
-            torch.save(content, temporary)
-        except RuntimeError as error:  # How torch reports a failed write, such as a full disk.
-            if "write" not in str(error):
-                raise
-            raise QuickstartError(
-                f"cannot write a checkpoint into {folder} ({str(error).splitlines()[0]}): is the "
-                "disk full? Free some space and go on with --resume_last_run"
-            ) from error
+        temporary.write_bytes(buffer.getbuffer())
     for old in list_checkpoints(folder)[KEEP:]:
         old.unlink()
 

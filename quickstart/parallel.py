@@ -85,7 +85,7 @@ def run_jobs(
     count = len(waiting)
     running: list[_Running] = []
     outcomes: list[Outcome] = []
-    with Progress(*progress_columns(metric), console=console) as progress:
+    with Progress(*progress_columns(metric), console=console, expand=True) as progress:
         whole = progress.add_task(f"all {count} runs", total=count * steps, loss="-", value="-")
         try:
             while waiting or running:

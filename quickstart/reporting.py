@@ -36,12 +36,13 @@ def recent_loss(workload: Any) -> float:
 
 def progress_columns(metric: str) -> tuple[Any, ...]:
     """Columns of a bar: name, bar, step, loss, validation metric, time left."""
+    short = {"mean_average_precision": "mAP"}.get(metric, metric)
     return (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=None),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]}"),
-        TextColumn(f"validation {metric} {{task.fields[value]}}"),
+        TextColumn(f"val. {short} {{task.fields[value]}}"),
         TimeRemainingColumn(),
         TextColumn("left"),
     )
@@ -52,7 +53,9 @@ class BarReporter:
 
     def __init__(self, description: str, total: int, metric: str) -> None:
         self._metric = metric
-        self._progress = Progress(*progress_columns(metric), console=Console(stderr=True))
+        self._progress = Progress(
+            *progress_columns(metric), console=Console(stderr=True), expand=True
+        )
         self._task = self._progress.add_task(description, total=total, loss="-", value="-")
         self._progress.start()
         self._last = 0.0
