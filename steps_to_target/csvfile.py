@@ -10,12 +10,12 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
 
-TAIL_BYTES = 16_384
-_WHOLE_FILE_BYTES = 32_768
+TAIL_BYTES = 8_192
+_WHOLE_FILE_BYTES = 16_384
 
 Row = dict[str, float]
 
@@ -55,25 +55,33 @@ def _lines(text: str) -> list[str]:
     return [line for line in lines if line.strip("\0 \t")]
 
 
-def _parse(lines: Iterable[str]) -> Iterator[list[str]]:
-    # Line by line, so that one unbalanced quote cannot swallow the rest of the file.
-    for line in lines:
-        if '"' not in line:
-            yield line.split(",")
-            continue
-        try:
-            yield next(csv.reader([line]))
-        except (csv.Error, StopIteration):
-            yield []
+def _cells(line: str) -> list[str]:
+    if '"' not in line:
+        return line.split(",")
+    try:
+        return next(csv.reader([line]))
+    except (csv.Error, StopIteration):
+        return []
 
 
-def _is_torn(cells: list[str], earlier: list[list[str]]) -> bool:
+def _columns(lines: list[str], width: int) -> tuple[list[list[str]], int]:
+    """Cells by column of the lines that have ``width`` cells, and how many lines that are."""
+    if any('"' in line for line in lines):
+        # Line by line, so that one unbalanced quote cannot swallow the rest of the file.
+        rows = [row for row in map(_cells, lines) if len(row) == width]
+        return [list(cells) for cells in zip(*rows, strict=True)], len(rows)
+    whole = [line for line in lines if line.count(",") == width - 1]
+    flat = ",".join(whole).split(",") if whole else []
+    return [flat[index::width] for index in range(width)], len(whole)
+
+
+def _is_torn(last_column: list[str]) -> bool:
     """Whether the last line, which has no line end, stops in the middle of its last number."""
-    others = [len(row[-1]) for row in earlier if row and row[-1]]
-    return bool(cells[-1]) and bool(others) and len(cells[-1]) < min(others)
+    others = [len(cell) for cell in last_column[:-1] if cell]
+    return bool(last_column[-1]) and bool(others) and len(last_column[-1]) < min(others)
 
 
-def _numbers(cells: tuple[str, ...]) -> list[float | None]:
+def _numbers(cells: list[str]) -> list[float | None]:
     try:
         # At C speed in the usual cases: a full column, or one with empty cells.
         return (
@@ -86,22 +94,22 @@ def _numbers(cells: tuple[str, ...]) -> list[float | None]:
 
 
 def _to_rows(
-    columns: tuple[str, ...], usable: list[list[str]], wanted: Callable[[str], bool]
+    columns: tuple[str, ...], cells: list[list[str]], count: int, wanted: Callable[[str], bool]
 ) -> list[Row]:
-    """Turn the wanted columns into numbers and put them together as rows."""
-    by_column = list(zip(*usable, strict=True))
-    kept = [name for name in columns if wanted(name)]
-    values = [
-        _numbers(cells) for name, cells in zip(columns, by_column, strict=False) if wanted(name)
-    ]
+    """Turn the wanted columns into numbers and put them together as ``count`` rows."""
+    chosen = [index for index, name in enumerate(columns) if wanted(name)]
+    if not count or not chosen:
+        return [{} for _ in range(count)]
+    kept = [columns[index] for index in chosen]
+    values = [_numbers(cells[index]) for index in chosen]
     rows = zip(*values, strict=True)
     if any(None in column for column in values):
         return [
             {name: value for name, value in zip(kept, row, strict=True) if value is not None}
             for row in rows
         ]
-    whole = cast("list[tuple[float, ...]]", list(rows))
-    return [dict(zip(kept, row, strict=True)) for row in whole] or [{} for _ in usable]
+    full = cast("list[tuple[float, ...]]", list(rows))
+    return [dict(zip(kept, row, strict=True)) for row in full]
 
 
 def read_csv(
@@ -138,18 +146,17 @@ def read_csv(
     lines = _lines(text)
     if not lines:
         return CsvTable(problem="empty")
-    cells = list(_parse(lines))
-    columns = tuple(name.strip() for name in cells[0])
-    table = CsvTable(columns=columns, whole=whole)
-    body = cells[1:]
+    columns = tuple(name.strip() for name in _cells(lines[0]))
+    if not columns:
+        return CsvTable(problem="has no usable header")
+    body, width = lines[1:], len(columns)
+    cells, count = _columns(body, width)
+    damaged = len(body) - count
     complete = text.endswith(("\n", "\r"))
-    if body and not complete and len(body[-1]) == len(columns) and _is_torn(body[-1], body[:-1]):
-        body.pop()
-        table.damaged += 1
-    usable = [row for row in body if len(row) == len(columns)]
-    table.damaged += len(body) - len(usable)
-    table.rows = _to_rows(columns, usable, wanted)
-    return table
+    if count and not complete and len(_cells(body[-1])) == width and _is_torn(cells[-1]):
+        cells, count, damaged = [column[:-1] for column in cells], count - 1, damaged + 1
+    rows = _to_rows(columns, cells, count, wanted)
+    return CsvTable(columns, rows, damaged, whole)
 
 
 def finite(row: Row, *names: str) -> float | None:

@@ -66,6 +66,11 @@ def test_unbalanced_quote_costs_one_line_only(tmp_path):
     assert table.damaged == 1
 
 
+def test_header_that_cannot_be_parsed(tmp_path):
+    table = _read(tmp_path, '"' + "a" * 200_000 + '\n"' + "b" * 200_000)
+    assert (table.rows, table.problem) == ([], "has no usable header")
+
+
 def test_tail_gives_the_last_rows_of_a_long_file(tmp_path):
     lines = "".join(f"{step},0.5\n" for step in range(20_000))
     table = _read(tmp_path, "step,loss\n" + lines, tail=True)
