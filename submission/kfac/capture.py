@@ -9,8 +9,8 @@ each output's gradient to the collector and lets it go.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from .layers import EmbeddingKind
-from .sharing import SharingError, SharingRule, resolve
+from .fused import fused_of
+from .parameters import LinearView
+from .sharing import Positions, Sharing, SharingError, SharingRule, resolve
 from .statistics import (
     Collector,
     DiagonalPart,
@@ -31,8 +32,6 @@ from .statistics import (
     empty_diagonal_sums,
     make_collector,
 )
-
-logger = logging.getLogger(__name__)
 
 
 class _Tap(torch.autograd.Function):
@@ -63,13 +62,18 @@ class Recording:
     would-be gradients, then read `sums`.
 
     Args:
+        model: the (unwrapped) model that the parts belong to.
         parts: what to collect.
         sharing: how rows share weights, see `sharing.resolve`.
         ragged_scaling: see `factors.RAGGED_SCALINGS`.
     """
 
     def __init__(
-        self, parts: Iterable[Part], sharing: SharingRule = None, ragged_scaling: str = "sqrt"
+        self,
+        model: nn.Module,
+        parts: Iterable[Part],
+        sharing: SharingRule = None,
+        ragged_scaling: str = "sqrt",
     ) -> None:
         self.sums: dict[str, Sums] = {}
         self._sharing = sharing
@@ -78,6 +82,8 @@ class Recording:
         self._modules: list[tuple[KroneckerPart | UnitwisePart, Collector]] = []
         self._edges: list[GradientEdge] = []
         self._handles: list[RemovableHandle] = []
+        self._model = model
+        self._unrolled: list[nn.Module] = []
         self._listening = False
         for part in parts:
             if isinstance(part, DiagonalPart):
@@ -91,8 +97,16 @@ class Recording:
 
     def __enter__(self) -> Recording:
         for part, collector in self._modules:
-            hook = self._forward_hook(part, collector)
-            self._handles.append(part.module.register_forward_hook(hook, with_kwargs=True))
+            if not isinstance(part.module, LinearView):
+                hook = self._forward_hook(part, collector)
+                self._handles.append(part.module.register_forward_hook(hook, with_kwargs=True))
+        for name, module in self._model.named_modules():
+            fused = fused_of(module)
+            if fused is not None:
+                # An attribute of the instance hides the class's method until it is deleted.
+                tap = partial(self._tap_fused, f"{name}." if name else "")
+                module.__dict__["forward"] = partial(fused.forward, module, tap)
+                self._unrolled.append(module)
         return self
 
     def __exit__(
@@ -104,6 +118,9 @@ class Recording:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for module in self._unrolled:
+            del module.__dict__["forward"]
+        self._unrolled.clear()
         if exc_type is None:
             for collector in self._collectors.values():
                 collector.end_forward()
@@ -144,24 +161,49 @@ class Recording:
             ):
                 return None
             x = args[0] if args else kwargs["input"]
-            with torch.no_grad():
-                try:
-                    leading = x.shape[0] if x.dim() > int(not _is_embedding(part)) else 1
-                    collector.forward(x.detach(), resolve(self._sharing, part.name, leading))
-                except SharingError as error:
-                    raise SharingError(f"layer '{part.name}': {error}") from None
-            call = collector.calls - 1
-            self._edges.append(get_gradient_edge(output))
-
-            def callback(g: Tensor) -> None:
-                if self._listening:
-                    with torch.no_grad():
-                        collector.gradient(call, g.detach())
-
-            tapped: Tensor = _Tap.apply(output, callback)  # type: ignore[no-untyped-call]
-            return tapped
+            return self._tap(part.name, collector, x, output)
 
         return hook
+
+    def _tap_fused(
+        self, prefix: str, which: str, x: Tensor, y: Tensor, mask: Tensor | None, batch_dim: int
+    ) -> Tensor:
+        """What a fused module's `forward` calls for each of its linear maps."""
+        collector = self._collectors.get(prefix + which)
+        if collector is None or not (torch.is_grad_enabled() and y.requires_grad):
+            return y
+        known = None if mask is None else Positions(mask=mask)
+        return self._tap(prefix + which, collector, x, y, known, batch_dim)
+
+    def _tap(
+        self,
+        name: str,
+        collector: Collector,
+        x: Tensor,
+        y: Tensor,
+        known: Sharing | None = None,
+        batch_dim: int = 0,
+    ) -> Tensor:
+        """Takes the input x of a call and puts a tap behind its output y.
+
+        `known` is the sharing where the caller knows it; `batch_dim` counts the examples in x, y.
+        """
+        with torch.no_grad():
+            x = x.detach().movedim(batch_dim, 0)
+            try:
+                collector.forward(x, known or resolve(self._sharing, name, len(x)))
+            except SharingError as error:
+                raise SharingError(f"layer '{name}': {error}") from None
+        call = collector.calls - 1
+        self._edges.append(get_gradient_edge(y))
+
+        def callback(g: Tensor) -> None:
+            if self._listening:
+                with torch.no_grad():
+                    collector.gradient(call, g.detach().movedim(batch_dim, 0))
+
+        tapped: Tensor = _Tap.apply(y, callback)  # type: ignore[no-untyped-call]
+        return tapped
 
     def fisher_pass(self, logits: Tensor, vector: Tensor, *, zero_mean: bool) -> None:
         """Propagates would-be gradients (shape of the logits) and adds their statistics.
@@ -220,10 +262,6 @@ def _grad(logits: Tensor, inputs: list[Any], vector: Tensor) -> Sequence[Tensor 
         logits, inputs, vector.to(logits.dtype), retain_graph=True, allow_unused=True
     )
     return grads
-
-
-def _is_embedding(part: Part) -> bool:
-    return isinstance(part, KroneckerPart) and isinstance(part.kind, EmbeddingKind)
 
 
 def earliest(edges: list[GradientEdge]) -> list[GradientEdge]:

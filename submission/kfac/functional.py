@@ -111,7 +111,7 @@ def curvature(
     kept = [p for p in parts.parts if not layers_only or isinstance(p, KroneckerPart)]
     # Buffers are put back after the Fisher passes: autograd checks that nothing has changed them.
     with _undisturbed(model), torch.enable_grad():
-        recording = Recording(kept, sharing, ragged_scaling)
+        recording = Recording(model, kept, sharing, ragged_scaling)
         with recording:
             logits = _call(model, inputs)
         if not layers_only and 0 in recording.calls.values():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .partition import part_parameters
 from .statistics import KroneckerPart, Part, UnitwisePart
 
 
@@ -15,7 +14,7 @@ def read_gradient(part: Part) -> Tensor | None:
     [groups, P_out, P_in (+1)] for linear layers, [1 or 2, units] for normalisation layers, the
     parameter's shape otherwise.
     """
-    grads = [parameter.grad for parameter in part_parameters(part)]
+    grads = [piece.grad for piece in part.slices]
     if any(grad is None or grad.is_sparse for grad in grads):
         return None
     first = grads[0]
@@ -34,16 +33,17 @@ def read_gradient(part: Part) -> Tensor | None:
 
 def write_gradient(part: Part, value: Tensor) -> None:
     """Writes a tensor in the canonical view into the `.grad` of the part's parameters."""
-    parameters = list(part_parameters(part))
+    shapes = [piece.data for piece in part.slices]
     if isinstance(part, KroneckerPart):
         matrix = value[..., :-1] if part.has_bias else value
-        values = [part.kind.from_matrix(part.module, matrix, parameters[0])]
+        values = [part.kind.from_matrix(part.module, matrix, shapes[0])]
         if part.has_bias:
-            values.append(value[..., -1].reshape(parameters[1].shape))
+            values.append(value[..., -1].reshape(shapes[1].shape))
     elif isinstance(part, UnitwisePart):
-        values = [row.reshape(p.shape) for row, p in zip(value, parameters, strict=True)]
+        values = [row.reshape(shape.shape) for row, shape in zip(value, shapes, strict=True)]
     else:
         values = [value]
-    for parameter, new in zip(parameters, values, strict=True):
-        assert parameter.grad is not None
-        parameter.grad.copy_(new)
+    for piece, new in zip(part.slices, values, strict=True):
+        grad = piece.grad
+        assert grad is not None
+        grad.copy_(new)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from .layers import kind_of
+from .fused import fused_of
+from .layers import Kind, LinearKind, kind_of
 from .norms import norm_kind_of
+from .parameters import LinearView, ParameterSlice
 from .statistics import DiagonalPart, KroneckerPart, Part, UnitwisePart
 
 
@@ -37,6 +40,13 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
+@dataclass(frozen=True)
+class _Options:
+    approx: str
+    joint_bias: bool
+    max_factor_side: int
+
+
 def partition(
     model: nn.Module, *, approx: str, joint_bias: bool, max_factor_side: int
 ) -> Partition:
@@ -45,20 +55,21 @@ def partition(
     Raises:
         ValueError: the model has no trainable parameter.
     """
+    options = _Options(approx, joint_bias, max_factor_side)
     uses = _count_uses(model)
     parts: list[Part] = []
     reasons: dict[str, str] = {}
-    claimed: set[int] = set()
     for name, module in model.named_modules():
-        part, reason = _layer_part(name, module, uses, approx, joint_bias, max_factor_side)
-        if part is not None:
-            parts.append(part)
-            claimed.update(id(p) for p in module.parameters(recurse=False) if p.requires_grad)
-            if isinstance(part, UnitwisePart):
-                reasons[name] = "normalisation layer: exact unit-wise blocks"
-        elif reason is not None:
-            for parameter_name, _ in module.named_parameters(recurse=False):
-                reasons[f"{name}.{parameter_name}" if name else parameter_name] = reason
+        found, reason = _parts_of(name, module, uses, options)
+        parts += found
+        if reason is not None:
+            covered = (
+                [part.name for part in found]
+                if found
+                else [_join(name, own) for own, _ in module.named_parameters(recurse=False)]
+            )
+            reasons.update(dict.fromkeys(covered, reason))
+    claimed = {id(piece.parameter) for part in parts for piece in part.slices}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in claimed:
             parts.append(DiagonalPart(name, parameter))
@@ -67,6 +78,10 @@ def partition(
         raise ValueError("the model has no trainable parameter")
     present = {part.name for part in parts}
     return Partition(tuple(parts), {k: v for k, v in reasons.items() if k in present})
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
 
 
 def _count_uses(model: nn.Module) -> dict[int, int]:
@@ -79,62 +94,70 @@ def _count_uses(model: nn.Module) -> dict[int, int]:
     return uses
 
 
-def _layer_part(
-    name: str,
-    module: nn.Module,
-    uses: dict[int, int],
-    approx: str,
-    joint_bias: bool,
-    max_factor_side: int,
-) -> tuple[Part | None, str | None]:
-    """The part that a module is, or why it is none (None, None for containers)."""
-    own = [p for p in module._parameters.values() if p is not None]
+def _parts_of(
+    name: str, module: nn.Module, uses: dict[int, int], options: _Options
+) -> tuple[list[Part], str | None]:
+    """The parts that a module is, and why it (or what it is) is not a K-FAC layer."""
+    own = {key: p for key, p in module._parameters.items() if p is not None}
     if not own:
-        return None, None
+        return [], None
+    if not all(p.requires_grad for p in own.values()):
+        return [], "weight or bias of the layer is frozen"
+    if any(uses[id(p)] > 1 for p in own.values()):
+        return [], "parameter shared with another module"
+    fused = fused_of(module)
+    if fused is not None:
+        reason = fused.unsupported(module)
+        if reason is not None:
+            return [], reason
+        views = fused.views(module, _join(name, ""))
+        parts: list[Part] = [
+            _kronecker_part(_join(name, key), view, LinearKind(), _view_slices(view), options)
+            for key, view in views.items()
+        ]
+        return parts, None
     kind, norm_kind = kind_of(module), norm_kind_of(module)
     if kind is None and norm_kind is None:
-        return None, f"{type(module).__name__} is not a supported layer"
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    if weight is None:
-        return None, "its weight is computed from other parameters (parametrisation)"
-    if not all(p.requires_grad for p in own):
-        return None, "weight or bias of the layer is frozen"
-    if any(uses[id(p)] > 1 for p in own):
-        return None, "parameter shared with another module"
+        return [], f"{type(module).__name__} is not a supported layer"
+    if "weight" not in own:
+        return [], "its weight is computed from other parameters (parametrisation)"
+    slices = tuple(
+        ParameterSlice(_join(name, key), own[key]) for key in ("weight", "bias") if key in own
+    )
     if norm_kind is not None:
-        return UnitwisePart(name, module, norm_kind, bias is not None), None
+        reason = "normalisation layer: exact unit-wise blocks"
+        return [UnitwisePart(name, module, norm_kind, slices)], reason
     assert kind is not None
     reason = kind.unsupported(module)
     if reason is not None:
-        return None, reason
-    has_bias = bias is not None
+        return [], reason
+    return [_kronecker_part(name, module, kind, slices, options)], None
+
+
+def _view_slices(view: LinearView) -> tuple[ParameterSlice, ...]:
+    return tuple(s for s in (view.weight_slice, view.bias_slice) if s is not None)
+
+
+def _kronecker_part(
+    name: str,
+    module: Any,
+    kind: Kind,
+    slices: tuple[ParameterSlice, ...],
+    options: _Options,
+) -> KroneckerPart:
     out_side, in_side = kind.sides(module)
-    in_side += int(has_bias)
-    one_hot = kind.one_hot_inputs and (approx == "expand" or in_side > max_factor_side)
-    return (
-        KroneckerPart(
-            name=name,
-            module=module,
-            kind=kind,
-            approx=approx,
-            has_bias=has_bias,
-            joint_bias=joint_bias,
-            diagonal_input=one_hot or in_side > max_factor_side,
-            diagonal_gradient=out_side > max_factor_side,
-        ),
-        None,
+    in_side += len(slices) - 1
+    too_wide = in_side > options.max_factor_side
+    return KroneckerPart(
+        name=name,
+        module=module,
+        kind=kind,
+        approx=options.approx,
+        slices=slices,
+        joint_bias=options.joint_bias,
+        diagonal_input=too_wide or (kind.one_hot_inputs and options.approx == "expand"),
+        diagonal_gradient=out_side > options.max_factor_side,
     )
-
-
-def part_parameters(part: Part) -> Iterator[nn.Parameter]:
-    """The parameters of a part: weight, then bias."""
-    if isinstance(part, DiagonalPart):
-        yield part.parameter
-        return
-    for name in ("weight", "bias") if part.has_bias else ("weight",):
-        parameter = part.module._parameters[name]
-        assert parameter is not None
-        yield parameter
 
 
 def demote_uncalled(partition: Partition, calls: Mapping[str, int]) -> Partition:
@@ -153,8 +176,8 @@ def demote_uncalled(partition: Partition, calls: Mapping[str, int]) -> Partition
         if part.name not in uncalled or isinstance(part, DiagonalPart):
             continue
         reasons.pop(part.name, None)
-        for suffix, parameter in zip(("weight", "bias"), part_parameters(part), strict=False):
-            name = f"{part.name}.{suffix}" if part.name else suffix
-            parts.append(DiagonalPart(name, parameter))
-            reasons[name] = f"{type(part.module).__name__} '{part.name}' was not called as a module"
+        for piece in part.slices:
+            if piece.name not in reasons:  # the rows of one parameter come back together
+                parts.append(DiagonalPart(piece.name, piece.parameter))
+                reasons[piece.name] = f"'{part.name}' was not called as a module"
     return Partition(tuple(parts), reasons)

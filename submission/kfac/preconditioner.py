@@ -64,8 +64,9 @@ class KFAC:
         self.step = 0
         self.failures = {"statistics": 0, "inverse": 0}
         self.seconds = {"factors": 0.0, "inverses": 0.0, "precondition": 0.0}
+        self._model = unwrap(model)
         self._partition = partition(
-            unwrap(model),
+            self._model,
             approx=self.config.kfac_approx,
             joint_bias=self.config.joint_bias,
             max_factor_side=self.config.max_factor_side,
@@ -80,7 +81,7 @@ class KFAC:
         self._pending: dict[str, Sums] = {}
         self._pending_terms: Tensor | None = None
         self._shared_over: dict[str, str] = {}
-        device = next(unwrap(model).parameters()).device
+        device = next(self._model.parameters()).device
         self._generator = torch.Generator(device)
         self._generator.manual_seed(self.config.seed + distributed.rank())
 
@@ -123,7 +124,9 @@ class KFAC:
         if not self.factors_due:
             yield
             return
-        recording = Recording(self._partition.parts, sharing, self.config.ragged_scaling)
+        recording = Recording(
+            self._model, self._partition.parts, sharing, self.config.ragged_scaling
+        )
         with recording:
             yield
         self._recording = recording

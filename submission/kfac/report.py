@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from .partition import Partition, part_parameters
+from .parameters import LinearView
+from .partition import Partition
 from .statistics import KroneckerPart, Part, UnitwisePart, statistics_dtype
 
 
@@ -32,7 +34,7 @@ def report_rows(partition: Partition, fallback: str, calls: Mapping[str, str]) -
 
 
 def _row(part: Part, reason: str, fallback: str, sharing: str) -> ReportRow:
-    parameters = list(part_parameters(part))
+    parameters = [piece.data for piece in part.slices]
     count = sum(p.numel() for p in parameters)
     itemsize = statistics_dtype(parameters[0]).itemsize
     if isinstance(part, KroneckerPart):
@@ -43,7 +45,7 @@ def _row(part: Part, reason: str, fallback: str, sharing: str) -> ReportRow:
         sides = f"{a}{in_side} x {b}{out_side}"
         return ReportRow(
             part.name,
-            type(part.module).__name__,
+            _type_name(part.module),
             f"{groups} x ({sides})" if groups > 1 else sides,
             sharing,
             f"K-FAC-{part.approx}",
@@ -102,6 +104,10 @@ def format_report(rows: list[ReportRow]) -> str:
     )
     lines += [f"not K-FAC: {r.name}: {r.preconditioner} ({r.reason})" for r in rows if r.reason]
     return "\n".join(lines)
+
+
+def _type_name(module: Any) -> str:
+    return "Linear, fused" if isinstance(module, LinearView) else type(module).__name__
 
 
 def _mib(size: int) -> str:

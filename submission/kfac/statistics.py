@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from . import factors
 from .layers import Kind
 from .norms import NormKind, example_gradients
+from .parameters import ParameterSlice
 from .sharing import Sharing, count_rows, rows_per_example
 
 Sums = dict[str, Tensor]
@@ -27,18 +29,25 @@ class KroneckerPart:
     """A linear layer with a pair of Kronecker factors per group.
 
     Args:
-        name: the module's name in the model.
+        name: the module's name in the model; a map inside a fused module has its name added.
+        module: the layer, or a `LinearView` into a fused module.
+        slices: the weight, and the bias if there is one.
         diagonal_input, diagonal_gradient: only the diagonal of A, or B, is kept.
     """
 
     name: str
-    module: nn.Module
+    module: Any
     kind: Kind
     approx: str
-    has_bias: bool
+    slices: tuple[ParameterSlice, ...]
     joint_bias: bool
     diagonal_input: bool
     diagonal_gradient: bool
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether a bias is covered along with the weight."""
+        return len(self.slices) > 1
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -54,7 +63,12 @@ class UnitwisePart:
     name: str
     module: nn.Module
     kind: NormKind
-    has_bias: bool
+    slices: tuple[ParameterSlice, ...]
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether there is a shift besides the scale."""
+        return len(self.slices) > 1
 
 
 @dataclass(frozen=True)
@@ -63,6 +77,11 @@ class DiagonalPart:
 
     name: str
     parameter: nn.Parameter
+
+    @property
+    def slices(self) -> tuple[ParameterSlice, ...]:
+        """The parameter, whole."""
+        return (ParameterSlice(self.name, self.parameter),)
 
 
 Part = KroneckerPart | UnitwisePart | DiagonalPart
@@ -237,8 +256,7 @@ def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 def empty_kronecker_sums(part: KroneckerPart) -> Sums:
     """Zero sums: A [groups, P_in, P_in] or diagonal [groups, P_in], B likewise, count []."""
-    weight = part.module.weight
-    assert isinstance(weight, Tensor)
+    weight = part.slices[0].data
     groups = part.kind.groups(part.module)
     out_side, in_side = part.sides
     a_shape = (groups, in_side) if part.diagonal_input else (groups, in_side, in_side)
@@ -248,8 +266,7 @@ def empty_kronecker_sums(part: KroneckerPart) -> Sums:
 
 def empty_unitwise_sums(part: UnitwisePart) -> Sums:
     """Zero sums: F [3, units], or [1, units] without a shift."""
-    weight = part.module.weight
-    assert isinstance(weight, Tensor)
+    weight = part.slices[0].data
     return {"F": _zeros((3 if part.has_bias else 1, weight.numel()), weight)}
 
 
