@@ -10,6 +10,7 @@ ALGOPERF_VENV="${ALGOPERF_VENV_DIR:-$ROOT/.venv-algoperf}"
 CACHE="$ROOT/.cache"
 ALGOPERF_URL="https://github.com/mlcommons/algorithmic-efficiency.git"
 ALGOPERF_COMMIT="2c90454fc05d5bdf3598b0c7651e611f132a7060"
+ALGOPERF_PIP="pip>=25"
 NEEDED_KB=3000000
 DRY_RUN=false
 
@@ -99,7 +100,8 @@ reason() {
   if grep -qi 'no space left' "$LOG" 2>/dev/null; then
     echo "the disk is full"
   else
-    { grep -i 'error' "$LOG" || tail -n 1 "$LOG"; } 2>/dev/null | tail -n 1 | cut -c 1-200
+    { grep -E '^ *(ERROR|error|fatal|[A-Za-z]*Error):' "$LOG" || tail -n 1 "$LOG"; } 2>/dev/null |
+      tail -n 1 | cut -c 1-200
   fi
 }
 
@@ -189,6 +191,8 @@ setup_algoperf() {
   make_venv "$ALGOPERF_VENV"
   touch "$ALGOPERF_VENV/.installing"
   : >"$LOG"
+  # Older pips do not recognise extras whose names have underscores, and skip them.
+  install "$ALGOPERF_VENV" --upgrade "$ALGOPERF_PIP"
   # Without a tag nearby AlgoPerf's build cannot work out its version.
   SETUPTOOLS_SCM_PRETEND_VERSION=0.6.0 install "$ALGOPERF_VENV" \
     "${clone}[${ALGOPERF_EXTRAS:-jax_cpu,pytorch_gpu,full}]" -r "$ROOT/requirements/algoperf.txt"
@@ -269,6 +273,7 @@ END
       run git clone --no-checkout -- "$source" "$CACHE/algoperf"
       run git -C "$CACHE/algoperf" checkout "$ALGOPERF_COMMIT"
       run python3 -m venv "$ALGOPERF_VENV"
+      run "$ALGOPERF_VENV/bin/python" -m pip install --upgrade "$ALGOPERF_PIP"
       run env SETUPTOOLS_SCM_PRETEND_VERSION=0.6.0 "$ALGOPERF_VENV/bin/python" -m pip install \
         "${CACHE}/algoperf[${ALGOPERF_EXTRAS:-jax_cpu,pytorch_gpu,full}]" -r "$ROOT/requirements/algoperf.txt"
     fi

@@ -85,7 +85,7 @@ def test_dry_run_of_algoperf_and_docker(project: Path) -> None:
 def test_dry_run_of_set_up_names_every_step(project: Path) -> None:
     result = run(project, "--dry-run", "setup", "--dev", "--algoperf")
     lines = result.stdout.splitlines()
-    assert len(lines) == 9
+    assert len(lines) == 10
     assert "checkout 2c90454fc05d5bdf3598b0c7651e611f132a7060" in result.stdout
     assert "requirements/dev.txt" in result.stdout
 
