@@ -122,7 +122,8 @@ def read_records(path: Path) -> tuple[dict[str, Any], list[Row], dict[str, str]]
     """Config, history and names of one offline run.
 
     Returns:
-        The config, the logged rows in order, and ``id``, ``group``, ``job_type`` and ``name``.
+        The config, the logged rows in order, and ``id``, ``group``, ``job_type`` and ``name``
+        (and ``finished``, when the file holds the run's end).
 
     Raises:
         CompareError: wandb is not installed or the file cannot be opened.
@@ -155,6 +156,8 @@ def read_records(path: Path) -> tuple[dict[str, Any], list[Row], dict[str, str]]
             config.update(_items(record.config.update))
         elif kind == "history":
             rows.append(_numbers(_items(record.history.item)))
+        elif kind == "exit":
+            names["finished"] = "yes"
     return config, rows, names
 
 

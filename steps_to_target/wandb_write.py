@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from steps_to_target.model import Run
 from steps_to_target.summary import Summary, seconds_to_target, step_to_target
 from steps_to_target.wandb_names import run_group, run_id, run_name, run_tags
 from steps_to_target.wandb_read import PUSHED, load_wandb, offline_files, read_records
+
+_PATIENCE = 60.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,29 @@ def _offline_folders(folder: Path, project: str) -> dict[str, list[tuple[Path, s
     return found
 
 
+def _await_offline(folder: Path, identifier: str, digest: str) -> Path:
+    """Wait until the pushed run is on disk: wandb's own process writes it after ``finish``.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        CompareError: it is not complete after ``_PATIENCE`` seconds.
+    """
+    end = time.monotonic() + _PATIENCE
+    while True:
+        for file in (folder / "wandb").glob(f"offline-run-*-{identifier}/run-*.wandb"):
+            config, _, names = read_records(file)
+            if _config_digest(config) == digest and "finished" in names:
+                return file.parent
+        if time.monotonic() > end:
+            raise CompareError(
+                f"wandb did not finish writing run {identifier} below {folder / 'wandb'} within "
+                f"{_PATIENCE:.0f} s; check the free disk space and push again"
+            )
+        time.sleep(0.02)
+
+
 def _service_digest(wandb: Any, path: str) -> str:
     """Digest of the run on the service (empty: no such run)."""
     try:
@@ -227,7 +253,8 @@ def push_to_wandb(
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise CompareError(f"wandb refused: {lines[0]}") from error
         written += 1
+        new = _await_offline(place, identifier, digest) if offline else None
         for stale, _ in old:
-            if not list(stale.glob("*.synced")):
+            if stale != new and not list(stale.glob("*.synced")):
                 shutil.rmtree(stale, ignore_errors=True)
     return Pushed(written, unchanged, offline, place)
