@@ -73,6 +73,14 @@ def data(python, tmp_path_factory):
     return folders
 
 
+@pytest.fixture
+def runs(tmp_path):
+    """A folder for runs; a ViT's checkpoints are too large for pytest to keep them afterwards."""
+    yield tmp_path
+    for checkpoint in tmp_path.rglob("checkpoint_*"):
+        checkpoint.unlink()
+
+
 def start(python, arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
@@ -157,11 +165,11 @@ def check_evaluations(trial, case, steps):
 
 @pytest.mark.parametrize("approx", ["expand", "reduce"])
 @pytest.mark.parametrize("workload", list(CASES))
-def test_kfac_trains_evaluates_saves_and_resumes(python, data, tmp_path, workload, approx):
+def test_kfac_trains_evaluates_saves_and_resumes(python, data, runs, workload, approx):
     case = CASES[workload]
-    trial = tmp_path / approx / f"{workload}_pytorch" / "trial_1"
+    trial = runs / approx / f"{workload}_pytorch" / "trial_1"
 
-    first = launch(python, workload, approx, data[workload], tmp_path, case.steps)
+    first = launch(python, workload, approx, data[workload], runs, case.steps)
     assert first.returncode == 0, first.stderr[-4000:]
     assert "Eval step" not in first.stderr
     files = {path.name for path in trial.iterdir()}
@@ -181,7 +189,7 @@ def test_kfac_trains_evaluates_saves_and_resumes(python, data, tmp_path, workloa
     # A finished run is marked as finished; without its last checkpoint it is one that was cut off.
     *_, interrupted_at, last = checkpoints(trial)
     (trial / f"checkpoint_{last}").unlink()
-    second = launch(python, workload, approx, data[workload], tmp_path, case.steps + 2)
+    second = launch(python, workload, approx, data[workload], runs, case.steps + 2)
     assert second.returncode == 0, second.stderr[-4000:]
     assert "Eval step" not in second.stderr
     assert re.search(rf"Loaded checkpoint from \S*checkpoint_{interrupted_at}\b", second.stderr)
@@ -192,10 +200,10 @@ def test_kfac_trains_evaluates_saves_and_resumes(python, data, tmp_path, workloa
     assert {"flags_1.json", "meta_data_1.json"} <= {path.name for path in trial.iterdir()}
 
 
-def test_two_processes_train_together_over_gloo(python, data, tmp_path):
-    done = launch(python, "ogbg", "reduce", data["ogbg"], tmp_path, steps=6, processes=2)
+def test_two_processes_train_together_over_gloo(python, data, runs):
+    done = launch(python, "ogbg", "reduce", data["ogbg"], runs, steps=6, processes=2)
     assert done.returncode == 0, done.stderr[-4000:]
-    trial = tmp_path / "reduce" / "ogbg_pytorch" / "trial_1"
+    trial = runs / "reduce" / "ogbg_pytorch" / "trial_1"
     check_evaluations(trial, CASES["ogbg"], steps=6)
 
 
