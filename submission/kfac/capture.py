@@ -66,6 +66,7 @@ class Recording:
         parts: what to collect.
         sharing: how rows share weights, see `sharing.resolve`.
         ragged_scaling: see `factors.RAGGED_SCALINGS`.
+        low_rank: keep factors that are sums over few rows as these rows.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Recording:
         parts: Iterable[Part],
         sharing: SharingRule = None,
         ragged_scaling: str = "sqrt",
+        low_rank: bool = False,
     ) -> None:
         self.sums: dict[str, Sums] = {}
         self._sharing = sharing
@@ -90,7 +92,7 @@ class Recording:
                 self._diagonals.append(part)
                 self.sums[part.name] = empty_diagonal_sums(part)
             else:
-                collector = make_collector(part, ragged_scaling)
+                collector = make_collector(part, ragged_scaling, low_rank)
                 self._collectors[part.name] = collector
                 self._modules.append((part, collector))
                 self.sums[part.name] = collector.sums

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .damping import mean_eigenvalue
 from .statistics import DiagonalPart, KroneckerPart, Part, Sums, UnitwisePart
 
 
@@ -60,17 +61,58 @@ Curvature = KroneckerFactors | UnitwiseCurvature | DiagonalCurvature
 
 
 def average_sums(part: Part, sums: Sums, terms: Tensor) -> Sums:
-    """Divides sums by their counts: A by rows or examples, everything of gradients by the terms."""
-    if isinstance(part, KroneckerPart):
-        count = sums["count"].clamp(min=1)
-        return {"A": sums["A"] / count, "B": sums["B"] / terms.to(sums["B"].dtype)}
-    return {"F": sums["F"] / terms.to(sums["F"].dtype)}
+    """Divides sums by their counts: A by rows or examples, everything of gradients by the terms.
+
+    Rows of a low-rank factor (`A_rows`, `B_rows`) are divided by the root of the count.
+    """
+    if not isinstance(part, KroneckerPart):
+        return {"F": sums["F"] / terms.to(sums["F"].dtype)}
+    counts = {"A": sums["count"].clamp(min=1), "B": terms.to(sums["count"].dtype)}
+    averages = {}
+    for key, value in sums.items():
+        if key != "count":
+            count = counts[key[0]]
+            averages[key] = value / (count.sqrt() if key.endswith("_rows") else count)
+    return averages
+
+
+@dataclass(frozen=True)
+class FactorForm:
+    """A or B of a layer as it is kept.
+
+    Attributes:
+        values: [groups, d, d]; [groups, d] where diagonal; rows [groups, n, d] where low_rank,
+            standing for the sum of their outer products.
+    """
+
+    values: Tensor
+    diagonal: bool
+    low_rank: bool
+
+    def mean_eigenvalue(self) -> Tensor:
+        """trace / d, [groups]."""
+        if self.low_rank:
+            return self.values.square().sum((-2, -1)) / self.values.shape[-1]
+        return mean_eigenvalue(self.values, self.diagonal)
+
+    def dense(self) -> Tensor:
+        """[groups, d, d]; diagonal factors stay as they are."""
+        return self.values.mT @ self.values if self.low_rank else self.values
+
+
+def factor_of(part: KroneckerPart, averages: Sums, side: str) -> FactorForm:
+    """The factor "A" or "B" out of a part's averages."""
+    rows = averages.get(f"{side}_rows")
+    if rows is not None:
+        return FactorForm(rows, False, True)
+    diagonal = part.diagonal_input if side == "A" else part.diagonal_gradient
+    return FactorForm(averages[side], diagonal, False)
 
 
 def as_curvature(part: Part, averages: Sums) -> Curvature:
     """The public view of a part's averages; single groups lose their dimension."""
     if isinstance(part, KroneckerPart):
-        a, b = averages["A"], averages["B"]
+        a, b = (factor_of(part, averages, side).dense() for side in ("A", "B"))
         if a.shape[0] == 1:
             a, b = a[0], b[0]
         return KroneckerFactors(a, b, part.diagonal_input, part.diagonal_gradient)

@@ -33,9 +33,28 @@ def add_outer_products(moment: Tensor, rows: Tensor) -> None:
     if moment.dim() == rows.dim() - 1:
         moment.add_(rows.square().sum(-2))
     elif moment.dim() == 2:
-        moment.addmm_(rows.mT, rows)
+        _add_symmetric(moment, rows)
+    elif moment.shape[0] == 1:
+        _add_symmetric(moment[0], rows[0])
     else:
         moment.baddbmm_(rows.mT, rows)
+
+
+SMALLEST_SPLIT_SIDE = 384  # below, one product of all columns is faster than three of halves
+
+
+def _add_symmetric(moment: Tensor, rows: Tensor) -> None:
+    """moment += rowsᵀ rows for symmetric moment [d, d]: the lower left is copied, not computed."""
+    side = moment.shape[0]
+    if side < SMALLEST_SPLIT_SIDE:
+        moment.addmm_(rows.mT, rows)
+        return
+    half = side // 2
+    first, second = rows[:, :half], rows[:, half:]
+    _add_symmetric(moment[:half, :half], first)
+    _add_symmetric(moment[half:, half:], second)
+    moment[:half, half:].addmm_(first.mT, second)
+    moment[half:, :half].copy_(moment[:half, half:].mT)
 
 
 def border_with_ones(moment: Tensor, row_sum: Tensor, count: Tensor | float) -> None:

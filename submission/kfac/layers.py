@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import convolution, factors
+from . import convolution, factors, shifted_products
 from .sharing import (
     Positions,
     Sharing,
@@ -24,6 +24,8 @@ from .sharing import (
     sum_rows,
     zero_padding,
 )
+
+MIN_CHANNELS = 8  # per group; below, materialised patches are faster than shifted products
 
 
 class Kind(ABC):
@@ -166,7 +168,10 @@ class ConvKind(Kind):
         geometry, groups = convolution.geometry_of(module), self.groups(module)
         x = x.to(moment.dtype)
         d = self.sides(module)[1]
-        full = convolution.patch_second_moment(x, geometry, groups)
+        if shifted_products.is_applicable(geometry) and x.shape[1] // groups >= MIN_CHANNELS:
+            full = shifted_products.second_moment(x, geometry, groups)
+        else:
+            full = convolution.patch_second_moment(x, geometry, groups)
         if moment.dim() == 2:  # diagonal
             moment[:, :d] += full.diagonal(dim1=-2, dim2=-1)
         else:

@@ -110,6 +110,14 @@ class KFAC:
         early = self.config.early_updates and self.step < interval
         return self.step % interval == 0 or (early and self.step & (self.step - 1) == 0)
 
+    @property
+    def _keeps_rows(self) -> bool:
+        """Whether factors may stay sums of few rows: not if averaged over time or added over ranks,
+        nor if they are to be diagonalised."""
+        config = self.config
+        averaged = config.factor_decay > 0 or distributed.world_size() > 1
+        return not averaged and config.damping_kind != "exact"
+
     # ---- one step ---------------------------------------------------------------------------
 
     @contextmanager
@@ -125,7 +133,11 @@ class KFAC:
             yield
             return
         recording = Recording(
-            self._model, self._partition.parts, sharing, self.config.ragged_scaling
+            self._model,
+            self._partition.parts,
+            sharing,
+            self.config.ragged_scaling,
+            low_rank=self._keeps_rows,
         )
         with recording:
             yield
@@ -248,7 +260,14 @@ class KFAC:
             averages = self._averages.get(part.name)
             if averages is None or not self._is_preconditioned(part):
                 continue
-            inverse = inverses.invert(part, averages, kind, self._damping, relative)
+            inverse = inverses.invert(
+                part,
+                averages,
+                kind=kind,
+                damping=self._damping,
+                relative=relative,
+                uses=self.config.inverse_update_steps,
+            )
             if inverse is None:
                 self._fail("inverse", f"the factors of layer '{part.name}' could not be inverted")
             else:

@@ -156,23 +156,29 @@ class ExpandCollector(Collector):
 
 
 class ReduceCollector(Collector):
-    """Sums of K-FAC-reduce: an example's rows over all calls become one (eq. 10, eq. 55)."""
+    """Sums of K-FAC-reduce: an example's rows over all calls become one (eq. 10, eq. 55).
 
-    def __init__(self, part: KroneckerPart, ragged_scaling: str) -> None:
+    With `low_rank`, a factor that is a sum over few rows is kept as these rows: `A_rows`
+    [groups, N, P_in], `B_rows` [groups, N · passes, P_out] in place of A or B.
+    """
+
+    def __init__(self, part: KroneckerPart, ragged_scaling: str, low_rank: bool) -> None:
         super().__init__()
         self.part = part
         self.ragged_scaling = ragged_scaling
-        self.sums = empty_kronecker_sums(part)
+        self.low_rank = low_rank
+        self.sums = {"count": _zeros((), part.slices[0].data)}
+        self._dtype = statistics_dtype(part.slices[0].data)
         self._inputs: Tensor | None = None
         self._gradients: Tensor | None = None
         self._rows: Tensor | None = None
         self._gradient_scale: Tensor | None = None
 
     def forward(self, x: Tensor, sharing: Sharing) -> None:
-        part, dtype = self.part, self.sums["A"].dtype
+        part = self.part
         leading = part.kind.leading(part.module, x, sharing)
         self.positions = str(leading[-1]) if len(leading) > 1 else "-"
-        inputs = part.kind.summed_inputs(part.module, x, sharing, dtype)
+        inputs = part.kind.summed_inputs(part.module, x, sharing, self._dtype)
         rows = rows_per_example(leading, sharing, inputs)
         self._inputs = inputs if self._inputs is None else self._inputs + inputs
         self._rows = rows if self._rows is None else self._rows + rows
@@ -181,24 +187,23 @@ class ReduceCollector(Collector):
     def end_forward(self) -> None:
         if self._inputs is None or self._rows is None:
             return
-        part, moment = self.part, self.sums["A"]
+        part = self.part
         self.sums["count"] += (self._rows > 0).sum()
         ragged = any(sharing.is_ragged for sharing in self.sharings)
         scale, self._gradient_scale = factors.reduce_scales(self._rows, ragged, self.ragged_scaling)
         rows = self._inputs * scale
         if part.has_bias:
             rows = factors.append_ones(rows, self._rows.unsqueeze(-1) * scale)
-        factors.add_outer_products(moment, rows)
-        if part.has_bias and not part.joint_bias and moment.dim() == 3:
-            moment[:, :-1, -1] = 0
-            moment[:, -1, :-1] = 0
+        separate = part.has_bias and not part.joint_bias
+        self._add_rows("A", rows, part.diagonal_input, keep=not separate)
+        if separate and not part.diagonal_input:
+            self.sums["A"][:, :-1, -1] = 0
+            self.sums["A"][:, -1, :-1] = 0
         self._inputs = self._rows = None
 
     def gradient(self, call: int, g: Tensor) -> None:
         part = self.part
-        total = part.kind.summed_gradients(
-            part.module, g, self.sharings[call], self.sums["B"].dtype
-        )
+        total = part.kind.summed_gradients(part.module, g, self.sharings[call], self._dtype)
         self._gradients = total if self._gradients is None else self._gradients + total
 
     def end_pass(self) -> None:
@@ -207,8 +212,12 @@ class ReduceCollector(Collector):
         rows = self._gradients
         if self._gradient_scale is not None:
             rows = rows * self._gradient_scale
-        factors.add_outer_products(self.sums["B"], rows)
+        self._add_rows("B", rows, self.part.diagonal_gradient, keep=True)
         self._gradients = None
+
+    def _add_rows(self, side: str, rows: Tensor, diagonal: bool, *, keep: bool) -> None:
+        """Adds the outer products of rows [groups, n, d] to a factor, or keeps the rows."""
+        add_rows(self.sums, side, rows, diagonal, keep=keep and self.low_rank)
 
 
 class UnitwiseCollector(Collector):
@@ -264,6 +273,27 @@ def empty_kronecker_sums(part: KroneckerPart) -> Sums:
     return {"A": _zeros(a_shape, weight), "B": _zeros(b_shape, weight), "count": _zeros((), weight)}
 
 
+def add_rows(sums: Sums, side: str, rows: Tensor, diagonal: bool, *, keep: bool) -> None:
+    """Adds the outer products of rows [groups, n, d] to the factor `side` of the sums, in place.
+
+    With `keep` the rows themselves are kept, as long as they are few: applying a factor of n rows
+    costs 2 n d per vector, a dense one d².
+    """
+    name = f"{side}_rows"
+    kept = sums.pop(name, None)
+    if kept is not None:
+        rows = torch.cat([kept, rows], -2)
+    elif side in sums:
+        keep = False
+    groups, n, d = rows.shape
+    if keep and not diagonal and 2 * n <= d:
+        sums[name] = rows
+        return
+    if side not in sums:
+        sums[side] = rows.new_zeros((groups, d) if diagonal else (groups, d, d))
+    factors.add_outer_products(sums[side], rows)
+
+
 def empty_unitwise_sums(part: UnitwisePart) -> Sums:
     """Zero sums: F [3, units], or [1, units] without a shift."""
     weight = part.slices[0].data
@@ -276,15 +306,23 @@ def empty_diagonal_sums(part: DiagonalPart) -> Sums:
 
 
 def add_sums(total: Sums, extra: Sums) -> None:
-    """total += extra, in place."""
+    """total += extra, in place; rows that are kept as such are joined as long as they are few."""
+    for side in ("A", "B"):
+        if f"{side}_rows" in total and side in extra:
+            add_rows(total, side, total.pop(f"{side}_rows"), False, keep=False)
     for key, value in extra.items():
-        total[key] += value
+        if key.endswith("_rows"):
+            add_rows(total, key[0], value, False, keep=True)
+        else:
+            total[key] += value
 
 
-def make_collector(part: KroneckerPart | UnitwisePart, ragged_scaling: str) -> Collector:
+def make_collector(
+    part: KroneckerPart | UnitwisePart, ragged_scaling: str, low_rank: bool
+) -> Collector:
     """A fresh collector for a part."""
     if isinstance(part, UnitwisePart):
         return UnitwiseCollector(part)
     if part.approx == "expand":
         return ExpandCollector(part)
-    return ReduceCollector(part, ragged_scaling)
+    return ReduceCollector(part, ragged_scaling, low_rank)

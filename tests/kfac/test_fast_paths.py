@@ -1,0 +1,79 @@
+"""Each fast path against the plain one, on random shapes."""
+
+import pytest
+import torch
+from torch import nn
+
+from submission.kfac import convolution, factors, shifted_products
+
+
+def random_convolution(seed):
+    """A random stride-1 convolution with zero padding, and an input for it."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(low, high):
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    dims = pick(1, 2)
+    kernel = [pick(1, 4) for _ in range(dims)]
+    dilation = [pick(1, 2) for _ in range(dims)]
+    padding = [pick(0, d * (k - 1)) for k, d in zip(kernel, dilation, strict=True)]
+    groups = pick(1, 2)
+    size = [
+        max(1, d * (k - 1) + 1 - 2 * p) + pick(0, 5)
+        for k, d, p in zip(kernel, dilation, padding, strict=True)
+    ]
+    layer = (nn.Conv1d, nn.Conv2d)[dims - 1](
+        3 * groups, 2 * groups, kernel, padding="same" if pick(0, 3) == 0 else padding,
+        dilation=dilation, groups=groups,
+    )  # fmt: skip
+    return layer, torch.randn(pick(1, 3), 3 * groups, *size, generator=generator)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_shifted_products_are_the_second_moment_of_the_patches(seed):
+    layer, x = random_convolution(seed)
+    geometry = convolution.geometry_of(layer)
+    assert shifted_products.is_applicable(geometry)
+    plain = convolution.patch_second_moment(x, geometry, layer.groups)
+    fast = shifted_products.second_moment(x, geometry, layer.groups)
+    torch.testing.assert_close(fast, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stride": 2},
+        {"padding": 1, "padding_mode": "circular"},
+        {"padding": 3},  # more padding than the kernel reaches over
+    ],
+)
+def test_shifted_products_say_what_they_are_not_for(options):
+    geometry = convolution.geometry_of(nn.Conv2d(2, 2, 3, **options))
+    assert not shifted_products.is_applicable(geometry)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_sums_of_patches_are_made_without_patches(seed):
+    layer, x = random_convolution(seed)
+    geometry = convolution.geometry_of(layer)
+    rows = convolution.patches(x, geometry).sum(-1)
+    expected = rows.reshape(len(x), layer.groups, -1).movedim(1, 0)
+    torch.testing.assert_close(convolution.patch_sum(x, geometry, layer.groups), expected)
+
+
+def test_patches_are_chunked_without_a_difference(monkeypatch):
+    layer, x = nn.Conv2d(3, 2, 3, stride=2), torch.randn(7, 3, 9, 9)
+    geometry = convolution.geometry_of(layer)
+    whole = convolution.patch_second_moment(x, geometry, 1)
+    monkeypatch.setattr(convolution, "PATCH_CHUNK_ELEMENTS", 500)
+    torch.testing.assert_close(convolution.patch_second_moment(x, geometry, 1), whole)
+
+
+@pytest.mark.parametrize("side", [5, 64, 101])
+def test_symmetric_products_add_to_what_is_there(side, monkeypatch):
+    monkeypatch.setattr(factors, "SMALLEST_SPLIT_SIDE", 16)
+    rows, before = torch.randn(7, side), torch.randn(3, side)
+    moment = before.T @ before
+    factors.add_outer_products(moment.view(side, side), rows)
+    torch.testing.assert_close(moment, before.T @ before + rows.T @ rows)
