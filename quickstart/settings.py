@@ -12,23 +12,48 @@ _NOT_METHODS = ("study", "tuning", "tuning_results")
 
 
 @dataclass(frozen=True)
-class StudySettings:
-    """What all runs of a study share.
+class Comparison:
+    """Methods that run to one target, and the method that they are compared with.
+
+    The target is one that the tuned reference just reaches with every seed.
 
     Attributes:
-        reference: the method that the others are compared with.
-        methods: the methods in the order in which they are run and shown.
-        seeds: one run each per method.
-        max_global_steps: steps of a run at most.
+        reference: the first-order method whose update rule the others share.
+        methods: in the order in which they are run and shown, the reference among them.
         validation_target_value, test_target_value: metric values to reach.
     """
 
     reference: str
     methods: list[str]
-    seeds: list[int]
-    max_global_steps: int
     validation_target_value: float
     test_target_value: float
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """What all runs of a study share.
+
+    Attributes:
+        comparisons: one table each; no method is in two of them.
+        seeds: one run each per method.
+        max_global_steps: steps of a run at most.
+    """
+
+    comparisons: list[Comparison]
+    seeds: list[int]
+    max_global_steps: int
+
+    @property
+    def methods(self) -> list[str]:
+        """All methods of the study."""
+        return [method for comparison in self.comparisons for method in comparison.methods]
+
+    def comparison_of(self, method: str) -> Comparison:
+        """The comparison that a method takes part in; the first one for methods in none."""
+        for comparison in self.comparisons:
+            if method in comparison.methods:
+                return comparison
+        return self.comparisons[0]
 
 
 def folder(workload: str) -> Path:
@@ -46,7 +71,9 @@ def folder(workload: str) -> Path:
 
 def read_study(workload: str) -> StudySettings:
     """The settings that a workload's study shares."""
-    return StudySettings(**read_json(folder(workload) / "study.json"))
+    content = read_json(folder(workload) / "study.json")
+    comparisons = [Comparison(**comparison) for comparison in content.pop("comparisons")]
+    return StudySettings(comparisons, **content)
 
 
 def method_file(workload: str, method: str) -> Path:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from quickstart import molecules, run_logs, runner, search_space, settings, submissions
 from quickstart.errors import QuickstartError, run_reporting_errors, writing
-from quickstart.parallel import Job, Outcome, run_jobs
+from quickstart.parallel import Job, run_jobs
 from quickstart.training import RunSettings
 from quickstart.workloads import WORKLOADS, QuickstartWorkload, build_workload
 
@@ -33,9 +33,11 @@ class PlannedRun:
         method, seed: what is run.
         point: file with its hyperparameters.
         trial: folder of the run.
+        comparison: says its targets.
         state: 'complete' (reused), 'begun' (resumed), 'outdated' (done again) or 'new'.
     """
 
+    comparison: settings.Comparison
     method: str
     seed: int
     point: Path
@@ -56,7 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     methods = options.methods or study.methods
     seeds = study.seeds if options.seeds is None else options.seeds
     steps = options.max_global_steps or study.max_global_steps
-    reference = options.reference or study.reference
+    if options.reference is not None and options.reference not in methods:
+        raise QuickstartError(
+            f"--reference {options.reference} is not among the methods: {', '.join(methods)}"
+        )
     data_dir = options.data_dir
     if options.workload == "molecules":
         data_dir = (data_dir or molecules.DEFAULT_DATA_DIR).expanduser()
@@ -64,22 +69,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
             molecules.describe(molecules.prepare(data_dir)), highlight=False, soft_wrap=True
         )
     workload = build_workload(options.workload, data_dir)
-    workload.set_targets(study.validation_target_value, study.test_target_value)
     submission = submissions.load(options.submission_path)
     folder = options.experiment_dir.expanduser()
     if options.fresh:
         _delete_runs(folder, methods)
     plan = [
-        _plan(workload, submission, options.workload, method, seed, folder, steps)
+        _plan(
+            workload,
+            submission,
+            options.workload,
+            study.comparison_of(method),
+            method,
+            seed,
+            folder,
+            steps,
+        )
         for seed in seeds
         for method in methods
     ]
     _explain(plan, folder, console)
     _copy_tuning(options.workload, folder, console)
     console.print(
-        f"target: validation {workload.target_metric_name} above "
-        f"{workload.validation_target_value:g} (test {workload.test_target_value:g}), at most "
-        f"{steps} steps, {options.jobs} runs at a time",
+        f"at most {steps} steps each, {options.jobs} runs at a time; a run ends when it has "
+        f"reached its targets of validation and test {workload.target_metric_name}",
         highlight=False,
         soft_wrap=True,
     )
@@ -88,8 +100,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"--submission_path={options.submission_path}",
         f"--experiment_dir={folder}",
         f"--max_global_steps={steps}",
-        f"--validation_target_value={study.validation_target_value}",
-        f"--test_target_value={study.test_target_value}",
         *([] if data_dir is None else [f"--data_dir={data_dir}"]),
     ]
     jobs = [_job(run, common, folder) for run in plan if run.state != "complete"]
@@ -99,7 +109,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on where it stopped", file=sys.stderr)
         return 130
-    return _report(folder, methods, reference, outcomes, console)
+    for comparison in study.comparisons:
+        shown = [m for m in methods if study.comparison_of(m) is comparison]
+        if shown:
+            reference = options.reference or comparison.reference
+            _report(folder, shown, reference if reference in shown else None, console)
+    console.print(f"runs, tables and plots: {folder}", highlight=False, soft_wrap=True)
+    failed = [outcome.job.name for outcome in outcomes if outcome.code != 0]
+    if failed:
+        print(f"error: {len(failed)} runs failed: {', '.join(failed)}; see above", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def console_for_tables() -> Console:
@@ -134,11 +153,13 @@ def _plan(
     workload: QuickstartWorkload,
     submission: submissions.Submission,
     workload_name: str,
+    comparison: settings.Comparison,
     method: str,
     seed: int,
     folder: Path,
     steps: int,
 ) -> PlannedRun:
+    workload.set_targets(comparison.validation_target_value, comparison.test_target_value)
     point = settings.method_file(workload_name, method)
     hyperparameters = search_space.read_points(point, 1, seed)[0]
     run_settings = RunSettings(
@@ -159,7 +180,7 @@ def _plan(
         state = "outdated"
     else:
         state = "begun" if record.get("stop_reason") is None else "complete"
-    return PlannedRun(method, seed, point, parent / "trial_1", state)
+    return PlannedRun(comparison, method, seed, point, parent / "trial_1", state)
 
 
 def _job(run: PlannedRun, common: list[str], folder: Path) -> Job:
@@ -168,6 +189,8 @@ def _job(run: PlannedRun, common: list[str], folder: Path) -> Job:
         *common,
         f"--tuning_search_space={run.point}",
         f"--experiment_name={run.name}",
+        f"--validation_target_value={run.comparison.validation_target_value}",
+        f"--test_target_value={run.comparison.test_target_value}",
         f"--rng_seed={run.seed}",
         *how,
     ]
@@ -209,8 +232,12 @@ def _copy_tuning(workload: str, folder: Path, console: Console) -> None:
 
 
 def _report(
-    folder: Path, methods: list[str], reference: str, outcomes: list[Outcome], console: Console
-) -> int:
+    folder: Path,
+    methods: list[str],
+    reference: str | None,
+    console: Console,
+) -> None:
+    """One comparison: its table on the screen and in a file, its plot."""
     from steps_to_target import (
         CompareError,
         load_runs,
@@ -221,24 +248,19 @@ def _report(
         write_json,
     )
 
-    failed = [outcome for outcome in outcomes if outcome.code != 0]
+    name = f"compared_with_{reference}" if reference else "_".join(methods)
     present = [folder / method for method in methods if any((folder / method).glob("study_*"))]
     try:
         runs = load_runs([str(path) for path in present])
-        summary = summarize(runs, reference=reference if reference in methods else None)
+        summary = summarize(runs, reference=reference)
         console.print(render_table(summary))
-        with writing(folder / "summary.txt") as temporary:
+        with writing(folder / f"{name}.txt") as temporary:
             temporary.write_text(render_text(summary, width=110) + "\n", encoding="utf-8")
-        write_json(runs, summary, folder / "summary.json")
-        plot = plot_runs(runs, folder / "plot.png")
+        write_json(runs, summary, folder / f"{name}.json")
+        plot = plot_runs(runs, folder / f"{name}.png")
     except CompareError as error:
         raise QuickstartError(f"cannot compare the runs in {folder}: {error}") from error
-    console.print(f"plot: {plot}\nruns and table: {folder}", highlight=False, soft_wrap=True)
-    if failed:
-        names = ", ".join(outcome.job.name for outcome in failed)
-        print(f"error: {len(failed)} runs failed: {names}; see above", file=sys.stderr)
-        return 1
-    return 0
+    console.print(f"plot: {plot}", highlight=False, soft_wrap=True)
 
 
 def _positive(text: str) -> int:

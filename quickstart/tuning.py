@@ -65,7 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.workload == "molecules":
         molecules.prepare((options.data_dir or molecules.DEFAULT_DATA_DIR).expanduser())
     grids = read_grids(options.workload, options.methods)
-    target = options.validation_target_value or study.validation_target_value
+    target = options.validation_target_value or max(
+        comparison.validation_target_value for comparison in study.comparisons
+    )
     steps = options.max_global_steps or study.max_global_steps
     folder = options.experiment_dir.expanduser()
     common = [

@@ -28,12 +28,16 @@ def methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, point in {"slow": GOOD, "fast": {**GOOD, "learning_rate": 0.2}, "bad": BAD}.items():
         (folder / f"{name}.json").write_text(json.dumps([point]))
     shared: dict[str, Any] = {
-        "reference": "slow",
-        "methods": ["slow", "fast"],
+        "comparisons": [
+            {
+                "reference": "slow",
+                "methods": ["slow", "fast"],
+                "validation_target_value": 0.0,
+                "test_target_value": 2.0,
+            }
+        ],
         "seeds": [0],
         "max_global_steps": 4,
-        "validation_target_value": 0.0,
-        "test_target_value": 2.0,
     }
     (folder / "study.json").write_text(json.dumps(shared))
     grid = {"slow": {"grid": {"learning_rate": [0.1, -1]}}, "fast": {"points": [{}]}}
@@ -68,8 +72,8 @@ def test_study_runs_reports_and_reuses(
     assert "points tried in tuning: slow 2, fast 1" in told
     assert "slow/study_0: done in" in told
     assert "reference" in told
-    assert (runs / "plot.png").stat().st_size > 1000
-    assert "fast" in (runs / "summary.txt").read_text()
+    assert (runs / "compared_with_slow.png").stat().st_size > 1000
+    assert "fast" in (runs / "compared_with_slow.txt").read_text()
     assert json.loads((runs / "tuning.json").read_text())["points"][0] == {"method": "slow"}
     record = runs / "slow" / "study_0" / "molecules_pytorch" / "trial_1" / "quickstart_run.json"
     before = record.stat().st_mtime_ns
