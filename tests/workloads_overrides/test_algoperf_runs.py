@@ -91,7 +91,7 @@ def start(python, arguments):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=3600,
         check=False,
     )
 
