@@ -52,7 +52,7 @@ class Hyperparameters:
     """The submission's tunables. Fields without a default must be in every tuning point.
 
     Args:
-        kfac_approx: "expand", "reduce", or "none": the update rule on the plain gradient, which
+        kfac_approx: "expand", "reduce", "auto", or "none": the update rule on the plain gradient, which
             is the reference of a comparison.
         update_rule: what consumes the preconditioned gradient: "nesterov" or "nadamw".
         learning_rate: peak of the schedule.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .damping import DAMPING_KINDS
 from .factors import RAGGED_SCALINGS
 
-KFAC_APPROXES = ("expand", "reduce")
+KFAC_APPROXES = ("expand", "reduce", "auto")
 FISHER_TYPES = ("mc", "type-2", "empirical")
 FALLBACKS = ("diagonal", "gradient")
 
@@ -18,7 +18,8 @@ class KFACConfig:
     """Settings of `KFAC`.
 
     Args:
-        kfac_approx: "expand" (eq. 7) or "reduce" (eq. 10, and eq. 55 for ragged rows).
+        kfac_approx: "expand" (eq. 7), "reduce" (eq. 10, and eq. 55 for ragged rows), or "auto":
+            the one whose setting the first outputs show, see `setting`.
         fisher_type: "mc" (labels sampled from the model), "type-2" (exact GGN) or "empirical".
         mc_samples: label samples per factor update, for "mc".
         damping: added to the curvature as `damping_kind` says; > 0.

@@ -13,6 +13,7 @@ from .capture import Recording
 from .curvature import Curvature, KroneckerFactors, as_curvature, average_sums
 from .likelihoods import Likelihood, as_likelihood
 from .partition import demote_uncalled, partition, unwrap
+from .setting import detect_setting
 from .sharing import SharingRule
 from .statistics import KroneckerPart
 
@@ -41,7 +42,7 @@ def kronecker_factors(
         inputs: a tensor or any single argument; a plain tuple or list is passed as several
             arguments, a dict as keyword arguments.
         likelihood: "categorical", "bernoulli", "gaussian" or a `Likelihood`.
-        kfac_approx: "expand" or "reduce".
+        kfac_approx: "expand", "reduce", or "auto" (see `setting`).
         fisher_type: "mc", "type-2" (exact) or "empirical" (needs `targets`).
         mc_samples: label samples for "mc".
         mask: which loss terms count, see `likelihoods`.
@@ -104,10 +105,13 @@ def curvature(
         parameter name -> `DiagonalCurvature` for parameters in no supported layer.
     """
     model = unwrap(model)
+    likelihood = as_likelihood(likelihood)
+    if kfac_approx == "auto":
+        with _undisturbed(model), torch.no_grad():
+            kfac_approx, _ = detect_setting(likelihood, _call(model, inputs), sharing)
     parts = partition(
         model, approx=kfac_approx, joint_bias=joint_bias, max_factor_side=max_factor_side
     )
-    likelihood = as_likelihood(likelihood)
     kept = [p for p in parts.parts if not layers_only or isinstance(p, KroneckerPart)]
     # Buffers are put back after the Fisher passes: autograd checks that nothing has changed them.
     with _undisturbed(model), torch.enable_grad():

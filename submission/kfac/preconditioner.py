@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -30,8 +30,9 @@ from .config import KFACConfig
 from .curvature import Curvature, as_curvature, average_sums
 from .gradients import read_gradient, write_gradient
 from .likelihoods import Likelihood, as_likelihood
-from .partition import demote_uncalled, partition, unwrap
+from .partition import Partition, demote_uncalled, partition, unwrap
 from .report import ReportRow, format_report, report_rows
+from .setting import detect_setting
 from .sharing import SharingRule
 from .statistics import Sums, add_sums
 
@@ -65,25 +66,31 @@ class KFAC:
         self.failures = {"statistics": 0, "inverse": 0}
         self.seconds = {"factors": 0.0, "inverses": 0.0, "precondition": 0.0}
         self._model = unwrap(model)
-        self._partition = partition(
-            self._model,
-            approx=self.config.kfac_approx,
-            joint_bias=self.config.joint_bias,
-            max_factor_side=self.config.max_factor_side,
-        )
+        approx = self.config.kfac_approx
+        self._approx: str | None = None if approx == "auto" else approx
+        self._partition = self._make_partition("expand" if approx == "auto" else approx)
         self._damping = self.config.damping
         self._averages: dict[str, Sums] = {}
         self._inverses: dict[str, inverses.Inverse] = {}
         self._updates = 0
         self._failures_in_a_row = 0
         self._inverses_stale = False
-        self._recording: Recording | None = None
+        self._recordings: dict[str, Recording] = {}
+        self._sharing: SharingRule = None
         self._pending: dict[str, Sums] = {}
         self._pending_terms: Tensor | None = None
         self._shared_over: dict[str, str] = {}
         device = next(self._model.parameters()).device
         self._generator = torch.Generator(device)
         self._generator.manual_seed(self.config.seed + distributed.rank())
+
+    def _make_partition(self, approx: str) -> Partition:
+        return partition(
+            self._model,
+            approx=approx,
+            joint_bias=self.config.joint_bias,
+            max_factor_side=self.config.max_factor_side,
+        )
 
     # ---- what is due ------------------------------------------------------------------------
 
@@ -128,20 +135,32 @@ class KFAC:
             sharing: how rows share weights where the first dimension does not count the examples
                 (graphs, padded sequences): see `sharing.resolve`.
         """
-        self._recording = None
+        self._recordings = {}
+        self._sharing = sharing
         if not self.factors_due:
             yield
             return
-        recording = Recording(
-            self._model,
-            self._partition.parts,
-            sharing,
-            self.config.ragged_scaling,
-            low_rank=self._keeps_rows,
+        # "auto" is decided by the first outputs: until then both approximations are recorded.
+        partitions = (
+            {self._approx: self._partition}
+            if self._approx is not None
+            else {approx: self._make_partition(approx) for approx in ("expand", "reduce")}
         )
-        with recording:
+        recordings = {
+            approx: Recording(
+                self._model,
+                candidate.parts,
+                sharing,
+                self.config.ragged_scaling,
+                low_rank=self._keeps_rows,
+            )
+            for approx, candidate in partitions.items()
+        }
+        with ExitStack() as stack:
+            for recording in recordings.values():
+                stack.enter_context(recording)
             yield
-        self._recording = recording
+        self._recordings = recordings
 
     def update(
         self,
@@ -166,11 +185,15 @@ class KFAC:
         """
         if not self.factors_due:
             return
-        recording, self._recording = self._recording, None
-        if recording is None:
+        recordings, self._recordings = self._recordings, {}
+        if not recordings:
             raise RuntimeError("KFAC.update needs a forward pass inside `with kfac.record():`")
         start = time.perf_counter()
         likelihood = as_likelihood(likelihood)
+        if self._approx is None:
+            self._decide_setting(likelihood, logits)
+        assert self._approx is not None
+        recording = recordings[self._approx]
         vectors = likelihood.would_be_gradients(
             logits,
             fisher_type=self.config.fisher_type,
@@ -194,6 +217,11 @@ class KFAC:
         self._pending_terms = terms if self._pending_terms is None else self._pending_terms + terms
         recording.release()
         self.seconds["factors"] += time.perf_counter() - start
+
+    def _decide_setting(self, likelihood: Likelihood, logits: Tensor) -> None:
+        self._approx, reason = detect_setting(likelihood, logits, self._sharing)
+        self._partition = self._make_partition(self._approx)
+        logger.info("K-FAC-%s is chosen: %s", self._approx, reason)
 
     @torch.no_grad()
     def precondition(self) -> None:
@@ -309,6 +337,7 @@ class KFAC:
         return {
             "version": STATE_VERSION,
             "kfac_approx": self.config.kfac_approx,
+            "decided_approx": self._approx,
             "step": self.step,
             "updates": self._updates,
             "damping": self._damping,
@@ -338,6 +367,9 @@ class KFAC:
                 f"K-FAC state was made with kfac_approx={state['kfac_approx']!r}, not "
                 f"{self.config.kfac_approx!r}"
             )
+        self._approx = state["decided_approx"]
+        if self.config.kfac_approx == "auto" and self._approx is not None:
+            self._partition = self._make_partition(self._approx)
         if state["shared_over"]:
             called = {name: int(name in state["parts"]) for name in self._part_names()}
             self._partition = demote_uncalled(self._partition, called)
@@ -357,7 +389,7 @@ class KFAC:
         self._averages = _to_device(state["averages"], device)
         self._inverses = _to_device(state["inverses"], device)
         self._generator.set_state(state["generator"].cpu())
-        self._pending, self._pending_terms, self._recording = {}, None, None
+        self._pending, self._pending_terms, self._recordings = {}, None, {}
 
     def _part_names(self) -> list[str]:
         return [part.name for part in self._partition.parts]

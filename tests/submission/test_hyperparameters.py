@@ -50,7 +50,7 @@ def test_engine_settings_carry_over():
         ({"mc_samples": 1.5}, "'mc_samples' is 1.5; it must be an integer >= 1"),
         ({"mc_samples": True}, "'mc_samples' is True"),
         ({"joint_bias": 1}, "'joint_bias' is 1; it must be true or false"),
-        ({"kfac_approx": "Reduce"}, "it must be one of 'expand', 'reduce', 'none'"),
+        ({"kfac_approx": "Reduce"}, "it must be one of 'expand', 'reduce', 'auto', 'none'"),
         ({"grad_clip": -1}, "it must be a finite number > 0 or null"),
         ({"dampening": 0.1}, "unknown hyperparameter 'dampening'; known are: .*damping"),
         ({"inverse_update_steps": 15}, "must be a multiple of 'factor_update_steps'"),

@@ -1,0 +1,35 @@
+"""Which of the paper's two settings a model is in (section 3.1 and appendix B.4).
+
+Expand setting: every shared position has a loss term of its own (translation, segmentation, node
+labels). Reduce setting: positions are aggregated before the loss (classification of images by a
+convolutional net or a ViT, of graphs). It shows in the outputs: beyond examples and classes they
+have dimensions left, or they do not.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .likelihoods import Categorical, Likelihood
+from .sharing import RaggedBatch, Segments, SharingRule
+
+
+def detect_setting(likelihood: Likelihood, logits: Tensor, sharing: SharingRule) -> tuple[str, str]:
+    """("expand" or "reduce", the reason in words), from the outputs of one forward pass.
+
+    Args:
+        likelihood: says which dimensions of the logits are terms. Of Bernoulli and Gaussian
+            likelihoods the last dimension are the outputs of one position.
+        sharing: as given to `record`. With ragged rows, outputs for every row of a kind of which
+            examples have several (nodes) mean the expand setting.
+    """
+    shape = likelihood.term_shape(logits)
+    positions = shape[1:] if isinstance(likelihood, Categorical) else shape[1:-1]
+    kinds: list[Segments] = []
+    if isinstance(sharing, RaggedBatch):
+        kinds = [s for s in sharing.kinds.values() if s.rows == logits.shape[0]]
+    if kinds and all(s.rows != s.num_segments for s in kinds):
+        return "expand", f"the {logits.shape[0]} rows of the outputs are several to an example"
+    if positions.numel() > 1:
+        return "expand", f"every example has {positions.numel()} positions with a loss of their own"
+    return "reduce", "every example has one loss term for all its positions"

@@ -1,0 +1,107 @@
+"""Detection of the expand and the reduce setting."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import Mean, Pool, Tokens
+from torch import nn
+
+from submission.kfac import (
+    KFAC,
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    KFACConfig,
+    RaggedBatch,
+    Segments,
+    kronecker_factors,
+)
+from submission.kfac.setting import detect_setting
+
+GRAPHS = RaggedBatch(
+    {
+        "nodes": Segments.from_sizes(torch.tensor([2, 3])),
+        "graphs": Segments(torch.arange(2), 2),
+    }
+)
+CASES = [
+    (Categorical(), (4, 10), None, "reduce"),
+    (Categorical(), (4, 7, 10), None, "expand"),
+    (Categorical(class_dim=1), (4, 10, 3, 3), None, "expand"),
+    (Categorical(), (4, 1, 10), None, "reduce"),
+    (Bernoulli(), (4, 128), None, "reduce"),
+    (Bernoulli(), (4, 7, 128), None, "expand"),
+    (Gaussian(), (4, 2), None, "reduce"),
+    (Gaussian(), (4, 32, 32), None, "expand"),
+    (Bernoulli(), (2, 3), GRAPHS, "reduce"),
+    (Categorical(), (5, 3), GRAPHS, "expand"),
+]
+
+
+@pytest.mark.parametrize(("likelihood", "shape", "sharing", "expected"), CASES)
+def test_the_outputs_tell_the_setting(likelihood, shape, sharing, expected):
+    assert detect_setting(likelihood, torch.zeros(shape), sharing)[0] == expected
+
+
+@pytest.mark.parametrize("pool", [True, False])
+def test_functional_factors_follow_the_setting(pool):
+    model, x = Tokens(pool), torch.randint(6, (5, 4))
+    options = {"likelihood": "gaussian", "fisher_type": "type-2"}
+    auto = kronecker_factors(model, x, kfac_approx="auto", **options)
+    said = kronecker_factors(model, x, kfac_approx="reduce" if pool else "expand", **options)
+    for name, block in said.items():
+        assert torch.equal(block.input_covariance, auto[name].input_covariance)
+        assert torch.equal(block.gradient_covariance, auto[name].gradient_covariance)
+
+
+def run(kfac_approx, state=None, steps=range(4)):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), Mean(), nn.Linear(6, 3))
+    config = KFACConfig(kfac_approx, factor_update_steps=2, inverse_update_steps=2)
+    kfac = KFAC(model, config)
+    if state is not None:
+        model.load_state_dict(state[0])
+        kfac.load_state_dict(state[1])
+    for t in steps:
+        torch.manual_seed(t)
+        x, y = torch.randn(5, 2, 4), torch.randint(3, (5,))
+        model.zero_grad()
+        with kfac.record():
+            logits = model(x)
+        kfac.update(logits, "categorical")
+        F.cross_entropy(logits, y).backward()
+        kfac.precondition()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.1 * p.grad
+    return model, kfac
+
+
+def test_training_with_auto_is_training_with_the_approximation_it_finds(caplog):
+    with caplog.at_level(logging.INFO):
+        model, kfac = run("auto")
+    assert "K-FAC-reduce is chosen: every example has one loss term" in caplog.text
+    expected, _ = run("reduce")
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert {row.preconditioner for row in kfac.report()} == {"K-FAC-reduce"}
+
+
+def test_a_resumed_run_keeps_the_decision():
+    model, _ = run("auto")
+    first, kfac = run("auto", steps=range(2))
+    resumed, _ = run("auto", (first.state_dict(), kfac.state_dict()), range(2, 4))
+    for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_pooled_graphs_are_in_the_reduce_setting():
+    ids = torch.tensor([0, 0, 1, 1, 1])
+    model = Pool(ids, 2, "sum")
+    rows = {"inner": Segments(ids, 2)}
+    auto = kronecker_factors(
+        model, torch.randn(5, 4), likelihood="gaussian", kfac_approx="auto", sharing=rows
+    )
+    assert auto["inner"].input_covariance.shape == (5, 5)
