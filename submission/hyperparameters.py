@@ -52,8 +52,8 @@ class Hyperparameters:
     """The submission's tunables. Fields without a default must be in every tuning point.
 
     Args:
-        kfac_approx: "expand", "reduce", "auto", or "none": the update rule on the plain gradient, which
-            is the reference of a comparison.
+        kfac_approx: "expand", "reduce", "auto" (see `kfac.KFACConfig`), or "none": the update rule
+            on the plain gradient, which is the reference of a comparison.
         update_rule: what consumes the preconditioned gradient: "nesterov" or "nadamw".
         learning_rate: peak of the schedule.
         beta1: momentum (Nesterov), or decay of the first moment (NAdamW).
