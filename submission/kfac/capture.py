@@ -25,13 +25,16 @@ from .sharing import Positions, Sharing, SharingError, SharingRule, resolve
 from .statistics import (
     Collector,
     DiagonalPart,
+    ExpandCollector,
     KroneckerPart,
     Part,
+    ReduceCollector,
     Sums,
+    UnitwiseCollector,
     UnitwisePart,
     empty_diagonal_sums,
-    make_collector,
 )
+from .tied import TiedCollector
 
 
 class _Tap(torch.autograd.Function):
@@ -99,9 +102,10 @@ class Recording:
 
     def __enter__(self) -> Recording:
         for part, collector in self._modules:
-            if not isinstance(part.module, LinearView):
-                hook = self._forward_hook(part, collector)
-                self._handles.append(part.module.register_forward_hook(hook, with_kwargs=True))
+            for module, own in collector.hooked():
+                if not isinstance(module, LinearView):
+                    hook = self._forward_hook(part, own)
+                    self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         for name, module in self._model.named_modules():
             fused = fused_of(module)
             if fused is not None:
@@ -264,6 +268,19 @@ def _grad(logits: Tensor, inputs: list[Any], vector: Tensor) -> Sequence[Tensor 
         logits, inputs, vector.to(logits.dtype), retain_graph=True, allow_unused=True
     )
     return grads
+
+
+def make_collector(
+    part: KroneckerPart | UnitwisePart, ragged_scaling: str, low_rank: bool
+) -> Collector:
+    """A fresh collector for a part."""
+    if isinstance(part, UnitwisePart):
+        return UnitwiseCollector(part)
+    if part.embedding is not None:
+        return TiedCollector(part, ragged_scaling)
+    if part.approx == "expand":
+        return ExpandCollector(part)
+    return ReduceCollector(part, ragged_scaling, low_rank)
 
 
 def earliest(edges: list[GradientEdge]) -> list[GradientEdge]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .damping import mean_eigenvalue
 from .statistics import DiagonalPart, KroneckerPart, Part, Sums, UnitwisePart
+from .tied import combine
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,19 @@ def average_sums(part: Part, sums: Sums, terms: Tensor) -> Sums:
     """
     if not isinstance(part, KroneckerPart):
         return {"F": sums["F"] / terms.to(sums["F"].dtype)}
-    counts = {"A": sums["count"].clamp(min=1), "B": terms.to(sums["count"].dtype)}
+    terms = terms.to(sums["count"].dtype)
+    counts = {
+        "A": sums["count"].clamp(min=1),
+        "B": terms,
+        "E_V": sums.get("E_count", terms).clamp(min=1),
+        "E_d": terms,
+    }
     averages = {}
     for key, value in sums.items():
-        if key != "count":
-            count = counts[key[0]]
+        if not key.endswith("count"):
+            count = counts[key.removesuffix("_rows")]
             averages[key] = value / (count.sqrt() if key.endswith("_rows") else count)
-    return averages
+    return combine(averages) if part.embedding is not None else averages
 
 
 @dataclass(frozen=True)

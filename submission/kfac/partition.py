@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from .fused import fused_of
-from .layers import Kind, LinearKind, kind_of
+from .layers import EmbeddingKind, Kind, LinearKind, kind_of
 from .norms import norm_kind_of
 from .parameters import LinearView, ParameterSlice
 from .statistics import DiagonalPart, KroneckerPart, Part, UnitwisePart
@@ -56,11 +56,11 @@ def partition(
         ValueError: the model has no trainable parameter.
     """
     options = _Options(approx, joint_bias, max_factor_side)
-    uses = _count_uses(model)
+    holders = _holders(model)
     parts: list[Part] = []
     reasons: dict[str, str] = {}
     for name, module in model.named_modules():
-        found, reason = _parts_of(name, module, uses, options)
+        found, reason = _parts_of(name, module, holders, options)
         parts += found
         if reason is not None:
             covered = (
@@ -84,18 +84,18 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-def _count_uses(model: nn.Module) -> dict[int, int]:
-    """id of a parameter -> number of modules that hold it."""
-    uses: dict[int, int] = {}
+def _holders(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """id of a parameter -> the modules that hold it, in order."""
+    holders: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None:
-                uses[id(parameter)] = uses.get(id(parameter), 0) + 1
-    return uses
+                holders.setdefault(id(parameter), []).append(module)
+    return holders
 
 
 def _parts_of(
-    name: str, module: nn.Module, uses: dict[int, int], options: _Options
+    name: str, module: nn.Module, holders: dict[int, list[nn.Module]], options: _Options
 ) -> tuple[list[Part], str | None]:
     """The parts that a module is, and why it (or what it is) is not a K-FAC layer."""
     own = {key: p for key, p in module._parameters.items() if p is not None}
@@ -103,8 +103,9 @@ def _parts_of(
         return [], None
     if not all(p.requires_grad for p in own.values()):
         return [], "weight or bias of the layer is frozen"
-    if any(uses[id(p)] > 1 for p in own.values()):
-        return [], "parameter shared with another module"
+    sharers = {id(m): m for p in own.values() for m in holders[id(p)] if m is not module}
+    if sharers:
+        return _shared_parts(name, module, list(sharers.values()), holders, options)
     fused = fused_of(module)
     if fused is not None:
         reason = fused.unsupported(module)
@@ -121,9 +122,7 @@ def _parts_of(
         return [], f"{type(module).__name__} is not a supported layer"
     if "weight" not in own:
         return [], "its weight is computed from other parameters (parametrisation)"
-    slices = tuple(
-        ParameterSlice(_join(name, key), own[key]) for key in ("weight", "bias") if key in own
-    )
+    slices = _slices(name, module)
     if norm_kind is not None:
         reason = "normalisation layer: exact unit-wise blocks"
         return [UnitwisePart(name, module, norm_kind, slices)], reason
@@ -132,6 +131,56 @@ def _parts_of(
     if reason is not None:
         return [], reason
     return [_kronecker_part(name, module, kind, slices, options)], None
+
+
+def _shared_parts(
+    name: str,
+    module: nn.Module,
+    others: list[nn.Module],
+    holders: dict[int, list[nn.Module]],
+    options: _Options,
+) -> tuple[list[Part], str | None]:
+    """A layer whose parameters other modules hold as well.
+
+    Modules of one kind with all parameters in common are one layer with more calls; an embedding
+    and a linear layer with a common weight are a tied layer. Everything else is not handled.
+    """
+    kind = kind_of(module)
+    kinds = [kind_of(other) for other in others]
+    own = module._parameters
+    if kind is not None and all(k is kind for k in kinds):
+        if all(_same_parameters(module, other) for other in others):
+            if module is not next(m for m in holders[id(own["weight"])]):
+                return [], None  # counted with the first of them
+            slices = _slices(name, module)
+            return [_kronecker_part(name, module, kind, slices, options, tuple(others))], None
+    elif isinstance(kind, LinearKind) and len(others) == 1:
+        (other,) = others
+        if (
+            isinstance(other, nn.Embedding)
+            and isinstance(kinds[0], EmbeddingKind)
+            and own["weight"] is other.weight
+            and not kinds[0].unsupported(other)
+        ):
+            part = _kronecker_part(name, module, kind, _slices(name, module), options)
+            if not part.diagonal_input:
+                return [replace(part, embedding=other)], None
+    elif isinstance(kind, EmbeddingKind) and len(others) == 1 and kinds[0] is not None:
+        found, _ = _shared_parts("", others[0], [module], holders, options)
+        if found:
+            return [], None  # counted with the linear layer
+    return [], "parameter shared with another module in a way that is not handled"
+
+
+def _same_parameters(module: nn.Module, other: nn.Module) -> bool:
+    a, b = module._parameters, other._parameters
+    return a.keys() == b.keys() and all(a[key] is b[key] for key in a)
+
+
+def _slices(name: str, module: nn.Module) -> tuple[ParameterSlice, ...]:
+    """Weight and bias of a layer, the bias where there is one."""
+    found = ((key, module._parameters.get(key)) for key in ("weight", "bias"))
+    return tuple(ParameterSlice(_join(name, key), p) for key, p in found if p is not None)
 
 
 def _view_slices(view: LinearView) -> tuple[ParameterSlice, ...]:
@@ -144,6 +193,7 @@ def _kronecker_part(
     kind: Kind,
     slices: tuple[ParameterSlice, ...],
     options: _Options,
+    also: tuple[nn.Module, ...] = (),
 ) -> KroneckerPart:
     out_side, in_side = kind.sides(module)
     in_side += len(slices) - 1
@@ -157,6 +207,7 @@ def _kronecker_part(
         joint_bias=options.joint_bias,
         diagonal_input=too_wide or (kind.one_hot_inputs and options.approx == "expand"),
         diagonal_gradient=out_side > options.max_factor_side,
+        also=also,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from .parameters import LinearView
 from .partition import Partition
@@ -45,7 +44,7 @@ def _row(part: Part, reason: str, fallback: str, sharing: str) -> ReportRow:
         sides = f"{a}{in_side} x {b}{out_side}"
         return ReportRow(
             part.name,
-            _type_name(part.module),
+            _type_name(part),
             f"{groups} x ({sides})" if groups > 1 else sides,
             sharing,
             f"K-FAC-{part.approx}",
@@ -106,8 +105,13 @@ def format_report(rows: list[ReportRow]) -> str:
     return "\n".join(lines)
 
 
-def _type_name(module: Any) -> str:
-    return "Linear, fused" if isinstance(module, LinearView) else type(module).__name__
+def _type_name(part: KroneckerPart) -> str:
+    if isinstance(part.module, LinearView):
+        return "Linear, fused"
+    name = type(part.module).__name__
+    if part.embedding is not None:
+        return f"{name} + Embedding, tied"
+    return f"{name} x {1 + len(part.also)}, tied" if part.also else name
 
 
 def _mib(size: int) -> str:

@@ -9,6 +9,7 @@ the counts is left to `curvature`, after everything has been added up.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,8 @@ class KroneckerPart:
         name: the module's name in the model; a map inside a fused module has its name added.
         module: the layer, or a `LinearView` into a fused module.
         slices: the weight, and the bias if there is one.
+        also: further modules of the same kind that hold the same parameters.
+        embedding: an nn.Embedding that shares the weight with this nn.Linear, see `tied`.
         diagonal_input, diagonal_gradient: only the diagonal of A, or B, is kept.
     """
 
@@ -43,6 +46,8 @@ class KroneckerPart:
     joint_bias: bool
     diagonal_input: bool
     diagonal_gradient: bool
+    also: tuple[nn.Module, ...] = ()
+    embedding: nn.Embedding | None = None
 
     @property
     def has_bias(self) -> bool:
@@ -95,6 +100,8 @@ def statistics_dtype(parameter: Tensor) -> torch.dtype:
 class Collector(ABC):
     """Collects the sums of one module over the calls and Fisher passes of one recording."""
 
+    part: Any
+
     def __init__(self) -> None:
         self.sums: Sums = {}
         self.sharings: list[Sharing] = []
@@ -111,6 +118,12 @@ class Collector(ABC):
         if self.sharings[0].is_ragged:
             words = "ragged rows"
         return words if self.calls == 1 else f"{words}, {self.calls} calls"
+
+    def hooked(self) -> Iterator[tuple[nn.Module, Collector]]:
+        """The modules whose calls are to be collected, and the collector of each."""
+        yield self.part.module, self
+        for module in getattr(self.part, "also", ()):
+            yield module, self
 
     @abstractmethod
     def forward(self, x: Tensor, sharing: Sharing) -> None:
@@ -315,14 +328,3 @@ def add_sums(total: Sums, extra: Sums) -> None:
             add_rows(total, key[0], value, False, keep=True)
         else:
             total[key] += value
-
-
-def make_collector(
-    part: KroneckerPart | UnitwisePart, ragged_scaling: str, low_rank: bool
-) -> Collector:
-    """A fresh collector for a part."""
-    if isinstance(part, UnitwisePart):
-        return UnitwiseCollector(part)
-    if part.approx == "expand":
-        return ExpandCollector(part)
-    return ReduceCollector(part, ragged_scaling, low_rank)
