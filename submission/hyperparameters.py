@@ -103,6 +103,7 @@ class Hyperparameters:
     damping: float = _tunable(1e-3, above=0)
     damping_kind: str = _tunable("pi", choices=tuple(DAMPING_KINDS))
     relative_damping: bool = _tunable(False)
+    eigenvalue_correction: bool = _tunable(False)
     factor_decay: float = _tunable(0.0, at_least=0, below=1)
     factor_update_steps: int = _tunable(10, at_least=1)
     inverse_update_steps: int = _tunable(10, at_least=1)
@@ -143,6 +144,11 @@ class Hyperparameters:
             raise HyperparameterError(
                 f"hyperparameter 'inverse_update_steps' is {self.inverse_update_steps}; it must "
                 f"be a multiple of 'factor_update_steps' ({self.factor_update_steps})"
+            )
+        if self.eigenvalue_correction and self.damping_kind != "exact":
+            raise HyperparameterError(
+                f"hyperparameter 'damping_kind' is {self.damping_kind!r}; it must be 'exact' with "
+                "'eigenvalue_correction'"
             )
         if (
             self.warmup_steps is not None

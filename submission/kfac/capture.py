@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from .eigenvalue_correction import is_correctable
 from .fused import fused_of
 from .parameters import LinearView
 from .sharing import Positions, Sharing, SharingError, SharingRule, resolve
@@ -29,6 +30,7 @@ from .statistics import (
     KroneckerPart,
     Part,
     ReduceCollector,
+    RowPairs,
     Sums,
     UnitwiseCollector,
     UnitwisePart,
@@ -70,6 +72,7 @@ class Recording:
         sharing: how rows share weights, see `sharing.resolve`.
         ragged_scaling: see `factors.RAGGED_SCALINGS`.
         low_rank: keep factors that are sums over few rows as these rows.
+        keep_rows: also keep all rows (see `row_pairs`), for the eigenvalue correction.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Recording:
         sharing: SharingRule = None,
         ragged_scaling: str = "sqrt",
         low_rank: bool = False,
+        keep_rows: bool = False,
     ) -> None:
         self.sums: dict[str, Sums] = {}
         self._sharing = sharing
@@ -95,7 +99,7 @@ class Recording:
                 self._diagonals.append(part)
                 self.sums[part.name] = empty_diagonal_sums(part)
             else:
-                collector = make_collector(part, ragged_scaling, low_rank)
+                collector = make_collector(part, ragged_scaling, low_rank, keep_rows)
                 self._collectors[part.name] = collector
                 self._modules.append((part, collector))
                 self.sums[part.name] = collector.sums
@@ -147,6 +151,10 @@ class Recording:
             if isinstance(part, DiagonalPart) and part.name not in self.sums:
                 self._diagonals.append(part)
                 self.sums[part.name] = empty_diagonal_sums(part)
+
+    def row_pairs(self) -> dict[str, RowPairs]:
+        """Name of a linear layer -> rows of its inputs and would-be gradients, where kept."""
+        return {name: c.rows for name, c in self._collectors.items() if c.rows}
 
     def shared_over(self) -> dict[str, str]:
         """Module name -> how its rows share the weight, in words, of modules that were called."""
@@ -271,7 +279,7 @@ def _grad(logits: Tensor, inputs: list[Any], vector: Tensor) -> Sequence[Tensor 
 
 
 def make_collector(
-    part: KroneckerPart | UnitwisePart, ragged_scaling: str, low_rank: bool
+    part: KroneckerPart | UnitwisePart, ragged_scaling: str, low_rank: bool, keep_rows: bool
 ) -> Collector:
     """A fresh collector for a part."""
     if isinstance(part, UnitwisePart):
@@ -279,8 +287,8 @@ def make_collector(
     if part.embedding is not None:
         return TiedCollector(part, ragged_scaling)
     if part.approx == "expand":
-        return ExpandCollector(part)
-    return ReduceCollector(part, ragged_scaling, low_rank)
+        return ExpandCollector(part, keep_rows and is_correctable(part))
+    return ReduceCollector(part, ragged_scaling, low_rank, keep_rows and is_correctable(part))
 
 
 def earliest(edges: list[GradientEdge]) -> list[GradientEdge]:

@@ -25,6 +25,9 @@ class KFACConfig:
         damping: added to the curvature as `damping_kind` says; > 0.
         damping_kind: see `damping.DAMPING_KINDS`.
         relative_damping: multiply damping by the mean eigenvalue of the layer's A ⊗ B.
+        eigenvalue_correction: replace the eigenvalues of A ⊗ B by second moments in its
+            eigenbasis (EKFAC); needs damping_kind "exact". Keeps all rows of a factor update in
+            memory until the end of the step.
         factor_decay: weight of the old factors in the moving average; 0 keeps none.
         factor_update_steps: steps between updates of the factors.
         inverse_update_steps: steps between updates of the inverses; a multiple of the former.
@@ -45,6 +48,7 @@ class KFACConfig:
     damping: float = 1e-3
     damping_kind: str = "pi"
     relative_damping: bool = False
+    eigenvalue_correction: bool = False
     factor_decay: float = 0.0
     factor_update_steps: int = 10
     inverse_update_steps: int = 10
@@ -69,6 +73,11 @@ class KFACConfig:
             raise ValueError(f"damping must be positive and finite, not {self.damping}")
         if not 0 <= self.factor_decay < 1:
             raise ValueError(f"factor_decay must be in [0, 1), not {self.factor_decay}")
+        if self.eigenvalue_correction and self.damping_kind != "exact":
+            raise ValueError(
+                f"eigenvalue_correction needs damping_kind 'exact', not {self.damping_kind!r}: "
+                "only there the eigenvalues are at hand"
+            )
         if self.inverse_update_steps % self.factor_update_steps:
             raise ValueError(
                 f"inverse_update_steps ({self.inverse_update_steps}) must be a multiple of "

@@ -94,7 +94,10 @@ def _precondition_product(inverse: Inverse, gradient: Tensor) -> Tensor:
     q_a, q_b = inverse.get("A.eigenvectors"), inverse.get("B.eigenvectors")
     rotated = gradient if q_b is None else q_b.mT @ gradient
     rotated = rotated if q_a is None else rotated @ q_a
-    product = inverse["B.eigenvalues"].unsqueeze(-1) * inverse["A.eigenvalues"].unsqueeze(-2)
+    if "corrected" in inverse:
+        product = inverse["corrected"]
+    else:
+        product = inverse["B.eigenvalues"].unsqueeze(-1) * inverse["A.eigenvalues"].unsqueeze(-2)
     rotated = rotated / (product + inverse["damping"].reshape(-1, 1, 1))
     rotated = rotated if q_b is None else q_b @ rotated
     return rotated if q_a is None else rotated @ q_a.mT

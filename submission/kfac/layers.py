@@ -59,6 +59,13 @@ class Kind(ABC):
         """moment [groups, P_in(+1), P_in(+1)] += Σ over all rows of a aᵀ (eq. 7), in place."""
 
     @abstractmethod
+    def input_rows(self, module: Any, x: Tensor, sharing: Sharing) -> Tensor:
+        """All rows of an input, materialised, in the order of `gradient_rows`.
+
+        [groups, rows, P_in], padding rows zero; without the column of ones.
+        """
+
+    @abstractmethod
     def summed_inputs(self, module: Any, x: Tensor, sharing: Sharing, dtype: torch.dtype) -> Tensor:
         """Σ over the positions of each example: [groups, N, P_in]."""
 
@@ -120,6 +127,9 @@ class LinearKind(Kind):
 
     def summed_inputs(self, module: Any, x: Tensor, sharing: Sharing, dtype: torch.dtype) -> Tensor:
         return sum_rows(self._rows(x, sharing).to(dtype), sharing).unsqueeze(0)
+
+    def input_rows(self, module: Any, x: Tensor, sharing: Sharing) -> Tensor:
+        return self.gradient_rows(module, x, sharing)
 
     def gradient_rows(self, module: Any, g: Tensor, sharing: Sharing) -> Tensor:
         rows = zero_padding(self._rows(g, sharing), sharing)
@@ -184,6 +194,12 @@ class ConvKind(Kind):
     def summed_inputs(self, module: Any, x: Tensor, sharing: Sharing, dtype: torch.dtype) -> Tensor:
         geometry = convolution.geometry_of(module)
         return convolution.patch_sum(x.to(dtype), geometry, self.groups(module))
+
+    def input_rows(self, module: Any, x: Tensor, sharing: Sharing) -> Tensor:
+        groups = self.groups(module)
+        rows = convolution.patches(x, convolution.geometry_of(module))
+        rows = rows.reshape(rows.shape[0], groups, -1, rows.shape[-1])
+        return rows.permute(1, 0, 3, 2).flatten(1, 2)
 
     def gradient_rows(self, module: Any, g: Tensor, sharing: Sharing) -> Tensor:
         rows = g.flatten(2).movedim(1, 0).flatten(1)
@@ -262,6 +278,14 @@ class EmbeddingKind(Kind):
         counts = weights.new_zeros(sharing.num_segments, module.num_embeddings)
         counts.index_put_((sharing.ids, indices), weights, accumulate=True)
         return counts.unsqueeze(0)
+
+    def input_rows(self, module: Any, x: Tensor, sharing: Sharing) -> Tensor:
+        indices = self._indices(x, sharing)
+        weights = self._weights(module, indices, sharing, module.weight.dtype).flatten()
+        rows = torch.zeros(
+            weights.numel(), module.num_embeddings, dtype=weights.dtype, device=weights.device
+        )
+        return rows.scatter_(1, indices.flatten()[:, None], weights[:, None]).unsqueeze(0)
 
     def gradient_rows(self, module: Any, g: Tensor, sharing: Sharing) -> Tensor:
         return LinearKind().gradient_rows(module, g, sharing)

@@ -28,13 +28,14 @@ from . import distributed, inverses
 from .capture import Recording
 from .config import KFACConfig
 from .curvature import Curvature, as_curvature, average_sums
+from .eigenvalue_correction import summed_eigenvalues
 from .gradients import read_gradient, write_gradient
 from .likelihoods import Likelihood, as_likelihood
 from .partition import Partition, demote_uncalled, partition, unwrap
 from .report import ReportRow, format_report, report_rows
 from .setting import detect_setting
 from .sharing import SharingRule
-from .statistics import Sums, add_sums
+from .statistics import RowPairs, Sums, add_sums
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,8 @@ class KFAC:
         self._sharing: SharingRule = None
         self._pending: dict[str, Sums] = {}
         self._pending_terms: Tensor | None = None
+        self._pending_rows: dict[str, RowPairs] = {}
+        self._corrections = 0  # updates of the corrected eigenvalues in the present basis
         self._shared_over: dict[str, str] = {}
         device = next(self._model.parameters()).device
         self._generator = torch.Generator(device)
@@ -153,6 +156,7 @@ class KFAC:
                 sharing,
                 self.config.ragged_scaling,
                 low_rank=self._keeps_rows,
+                keep_rows=self.config.eigenvalue_correction,
             )
             for approx, candidate in partitions.items()
         }
@@ -213,6 +217,8 @@ class KFAC:
                 add_sums(self._pending[name], sums)
             else:
                 self._pending[name] = sums
+        for name, pairs in recording.row_pairs().items():
+            self._pending_rows.setdefault(name, []).extend(pairs)
         terms = likelihood.terms(logits.detach(), mask, targets)
         self._pending_terms = terms if self._pending_terms is None else self._pending_terms + terms
         recording.release()
@@ -233,8 +239,9 @@ class KFAC:
             KFACError: `max_failures` updates in a row had to be dropped.
         """
         start = time.perf_counter()
-        if self._pending_terms is not None:
-            self._take_in_pending()
+        terms, rows = self._pending_terms, self._pending_rows
+        self._pending_rows = {}
+        accepted = terms is not None and self._take_in_pending(terms)
         factors_done = time.perf_counter()
         if self._averages and (
             self._due(self.config.inverse_update_steps)
@@ -242,6 +249,8 @@ class KFAC:
             or self._inverses_stale
         ):
             self._renew_inverses()
+        if accepted and terms is not None and self.config.eigenvalue_correction:
+            self._correct_eigenvalues(rows, terms)
         inverses_done = time.perf_counter()
         for part in self._partition.parts:
             inverse = self._inverses.get(part.name)
@@ -254,17 +263,18 @@ class KFAC:
         self.seconds["inverses"] += inverses_done - factors_done
         self.seconds["precondition"] += time.perf_counter() - inverses_done
 
-    def _take_in_pending(self) -> None:
-        """Adds up the pending sums over ranks and moves the averages towards them."""
-        terms, pending = self._pending_terms, self._pending
-        self._pending, self._pending_terms = {}, None
-        assert terms is not None
+    def _take_in_pending(self, terms: Tensor) -> bool:
+        """Adds up the pending sums over ranks and moves the averages towards them.
+
+        Returns whether they were good. `terms` becomes the sum over ranks, in place.
+        """
+        pending, self._pending, self._pending_terms = self._pending, {}, None
         flat = [tensor for sums in pending.values() for tensor in sums.values()]
         distributed.all_reduce_sums([terms, *flat])
         finite = torch.stack([tensor.sum(dtype=torch.float64) for tensor in flat]).isfinite().all()
         if not bool(finite & (terms > 0) & terms.isfinite()):
             self._fail("statistics", "the batch gave non-finite statistics or had no valid label")
-            return
+            return False
         self._failures_in_a_row = 0
         # A bias-corrected moving average: the t-th update gets weight (1 - d) / (1 - d^t).
         self._updates += 1
@@ -280,9 +290,33 @@ class KFAC:
             else:
                 for key, value in new.items():
                     old[key].lerp_(value, weight)
+        return True
+
+    def _correct_eigenvalues(self, rows: dict[str, RowPairs], terms: Tensor) -> None:
+        """Moves the corrected eigenvalues towards the second moments in the present basis."""
+        sums = {
+            name: summed_eigenvalues(
+                pairs,
+                self._inverses[name]["A.eigenvectors"],
+                self._inverses[name]["B.eigenvectors"],
+            )
+            for name, pairs in rows.items()
+            if name in self._inverses
+        }
+        distributed.all_reduce_sums(list(sums.values()))
+        self._corrections += 1
+        decay = self.config.factor_decay
+        weight = (1 - decay) / (1 - decay**self._corrections)
+        for name, total in sums.items():
+            average = total / terms.to(total.dtype)
+            old = self._inverses[name].get("corrected")
+            self._inverses[name]["corrected"] = (
+                average if old is None else old.lerp_(average, weight)
+            )
 
     def _renew_inverses(self) -> None:
         self._inverses_stale = False
+        self._corrections = 0
         kind, relative = self.config.damping_kind, self.config.relative_damping
         for part in self._partition.parts:
             averages = self._averages.get(part.name)
@@ -340,6 +374,7 @@ class KFAC:
             "decided_approx": self._approx,
             "step": self.step,
             "updates": self._updates,
+            "corrections": self._corrections,
             "damping": self._damping,
             "inverses_stale": self._inverses_stale,
             "failures": dict(self.failures),
@@ -380,6 +415,7 @@ class KFAC:
         device = self._generator.device
         self.step = int(state["step"])
         self._updates = int(state["updates"])
+        self._corrections = int(state["corrections"])
         self._damping = float(state["damping"])
         self._inverses_stale = bool(state["inverses_stale"])
         self.failures = {k: int(v) for k, v in state["failures"].items()}
@@ -390,6 +426,7 @@ class KFAC:
         self._inverses = _to_device(state["inverses"], device)
         self._generator.set_state(state["generator"].cpu())
         self._pending, self._pending_terms, self._recordings = {}, None, {}
+        self._pending_rows = {}
 
     def _part_names(self) -> list[str]:
         return [part.name for part in self._partition.parts]

@@ -23,6 +23,8 @@ from .parameters import ParameterSlice
 from .sharing import Sharing, count_rows, rows_per_example
 
 Sums = dict[str, Tensor]
+# Input rows [groups, n, P_in] and gradient rows [groups, n, P_out] that belong together.
+RowPairs = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class Collector(ABC):
         self.sums: Sums = {}
         self.sharings: list[Sharing] = []
         self.positions = "-"
+        self.rows: RowPairs = []
 
     @property
     def calls(self) -> int:
@@ -141,12 +144,17 @@ class Collector(ABC):
 
 
 class ExpandCollector(Collector):
-    """Sums of K-FAC-expand: every row counts for itself (eq. 7)."""
+    """Sums of K-FAC-expand: every row counts for itself (eq. 7).
 
-    def __init__(self, part: KroneckerPart) -> None:
+    With `keep_rows`, `rows` has all rows of inputs and gradients, for the eigenvalue correction.
+    """
+
+    def __init__(self, part: KroneckerPart, keep_rows: bool = False) -> None:
         super().__init__()
         self.part = part
         self.sums = empty_kronecker_sums(part)
+        self._keep_rows = keep_rows
+        self._inputs: list[Tensor] = []
 
     def forward(self, x: Tensor, sharing: Sharing) -> None:
         part = self.part
@@ -160,12 +168,17 @@ class ExpandCollector(Collector):
             _corner(self.sums["A"]).add_(count)
         self.sums["count"] += count
         self.sharings.append(sharing)
+        if self._keep_rows:
+            rows = part.kind.input_rows(part.module, x, sharing).to(self.sums["A"].dtype)
+            self._inputs.append(factors.append_ones(rows) if part.has_bias else rows)
 
     def gradient(self, call: int, g: Tensor) -> None:
         part = self.part
         moment = self.sums["B"]
         rows = part.kind.gradient_rows(part.module, g, self.sharings[call]).to(moment.dtype)
         factors.add_outer_products(moment, rows)
+        if self._keep_rows:
+            self.rows.append((self._inputs[call], rows))
 
 
 class ReduceCollector(Collector):
@@ -175,11 +188,15 @@ class ReduceCollector(Collector):
     [groups, N, P_in], `B_rows` [groups, N · passes, P_out] in place of A or B.
     """
 
-    def __init__(self, part: KroneckerPart, ragged_scaling: str, low_rank: bool) -> None:
+    def __init__(
+        self, part: KroneckerPart, ragged_scaling: str, low_rank: bool, keep_rows: bool = False
+    ) -> None:
         super().__init__()
         self.part = part
         self.ragged_scaling = ragged_scaling
         self.low_rank = low_rank
+        self._keep_rows = keep_rows
+        self._kept_inputs: Tensor | None = None
         self.sums = {"count": _zeros((), part.slices[0].data)}
         self._dtype = statistics_dtype(part.slices[0].data)
         self._inputs: Tensor | None = None
@@ -207,6 +224,8 @@ class ReduceCollector(Collector):
         rows = self._inputs * scale
         if part.has_bias:
             rows = factors.append_ones(rows, self._rows.unsqueeze(-1) * scale)
+        if self._keep_rows:
+            self._kept_inputs = rows
         separate = part.has_bias and not part.joint_bias
         self._add_rows("A", rows, part.diagonal_input, keep=not separate)
         if separate and not part.diagonal_input:
@@ -226,6 +245,8 @@ class ReduceCollector(Collector):
         if self._gradient_scale is not None:
             rows = rows * self._gradient_scale
         self._add_rows("B", rows, self.part.diagonal_gradient, keep=True)
+        if self._kept_inputs is not None:
+            self.rows.append((self._kept_inputs, rows))
         self._gradients = None
 
     def _add_rows(self, side: str, rows: Tensor, diagonal: bool, *, keep: bool) -> None:
