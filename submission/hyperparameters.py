@@ -71,6 +71,8 @@ class Hyperparameters:
         end_factor: last learning rate of the linear decay, as a share of the peak.
         grad_clip: largest norm of the gradient before preconditioning; None for no clipping.
         label_smoothing: passed to the workload's loss.
+        adaptive_damping: the Levenberg-Marquardt rule of `kfac.adaptive_damping`, each time the
+            inverses are renewed; costs one more forward pass there.
         dropout_rate: passed to the workload's model where it takes one; None for its own.
 
     The others are those of `kfac.KFACConfig`, where they are described.
@@ -104,6 +106,7 @@ class Hyperparameters:
     damping_kind: str = _tunable("pi", choices=tuple(DAMPING_KINDS))
     relative_damping: bool = _tunable(False)
     eigenvalue_correction: bool = _tunable(False)
+    adaptive_damping: bool = _tunable(False)
     factor_decay: float = _tunable(0.0, at_least=0, below=1)
     factor_update_steps: int = _tunable(10, at_least=1)
     inverse_update_steps: int = _tunable(10, at_least=1)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -111,30 +112,34 @@ def update_params(
     model.train()
     optimizer.zero_grad(set_to_none=True)
 
-    def forward(module: nn.Module) -> tuple[Tensor, Any]:
+    def forward(module: nn.Module, update_batch_norm: bool = True) -> tuple[Tensor, Any]:
         logits, new_model_state = workload.model_fn(
             params=module,
             augmented_and_preprocessed_input_batch=batch,
             model_state=model_state,
             mode=spec.ForwardPassMode.TRAIN,
             rng=rng,
-            update_batch_norm=True,
+            update_batch_norm=update_batch_norm,
             **_dropout_argument(workload, settings),
         )
         return logits, new_model_state
 
+    def mean_loss(logits: Tensor) -> Tensor:
+        loss_dict = workload.loss_fn(
+            label_batch=batch["targets"],
+            logits_batch=logits,
+            mask_batch=batch.get("weights"),
+            label_smoothing=settings.label_smoothing,
+        )
+        return _global_mean(loss_dict["summed"], loss_dict["n_valid_examples"])
+
+    random_state = _random_state(model) if settings.adaptive_damping else None
     if kfac is not None and kfac.factors_due:
         with kfac.record(sharing_of(model, batch, run.kinds_of_rows)):
             logits, new_model_state = forward(_uncompiled(model))
     else:
         logits, new_model_state = forward(model)
-    loss_dict = workload.loss_fn(
-        label_batch=batch["targets"],
-        logits_batch=logits,
-        mask_batch=batch.get("weights"),
-        label_smoothing=settings.label_smoothing,
-    )
-    loss = _global_mean(loss_dict["summed"], loss_dict["n_valid_examples"])
+    loss = mean_loss(logits)
     run.log.add("forward", time.perf_counter() - start)
 
     if kfac is not None and kfac.factors_due:
@@ -149,15 +154,23 @@ def update_params(
     torch.autograd.backward(loss)
     grad_norm = _clip_gradient(model, settings.grad_clip)
     run.log.add("update", time.perf_counter() - update_start)
+    trial = None
     if kfac is not None:
+        if settings.adaptive_damping and kfac.inverses_due:
+            trial = kfac.begin_trial()
         kfac.precondition()
 
     update_start = time.perf_counter()
     learning_rate = settings.learning_rate * SCHEDULES[settings.schedule](global_step, run.shape)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    if run.accepts(loss, grad_norm, global_step):
+    accepted = run.accepts(loss, grad_norm, global_step)
+    if accepted:
         optimizer.step()
+    if accepted and kfac is not None and trial is not None:
+        with torch.no_grad(), _random_state_of(model, random_state):
+            after = mean_loss(forward(model, update_batch_norm=False)[0])
+        kfac.end_trial(trial, _over_ranks(loss), _over_ranks(after))
     run.log.add("update", time.perf_counter() - update_start)
 
     run.after_step(
@@ -213,6 +226,33 @@ def _global_mean(summed: Tensor, valid: Any) -> Tensor:
         dist.all_reduce(valid)
     mean: Tensor = summed * ranks / valid.clamp(min=1)
     return mean
+
+
+def _over_ranks(loss: Tensor) -> float:
+    """The mean loss over all ranks, of which each holds its own share times their number."""
+    mean = loss.detach().double() / world_size()
+    if world_size() > 1:
+        dist.all_reduce(mean)
+    return float(mean)
+
+
+def _random_state(model: nn.Module) -> list[Tensor]:
+    """The states of the generators that a forward pass draws from: CPU, and the model's GPU."""
+    device = next(model.parameters()).device
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+@contextmanager
+def _random_state_of(model: nn.Module, states: list[Tensor] | None) -> Iterator[None]:
+    """Repeats the draws of an earlier forward pass (its dropout), then puts the state back."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if states is not None:
+            torch.set_rng_state(states[0])
+            if len(states) > 1:
+                torch.cuda.set_rng_state(states[1], device)
+        yield
 
 
 def _clip_gradient(model: nn.Module, largest_norm: float | None) -> Tensor:

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .statistics import KroneckerPart, Part, UnitwisePart
 
 
-def read_gradient(part: Part) -> Tensor | None:
-    """The part's gradient in its canonical view, or None if any of it is missing.
+def canonical(part: Part, tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """Tensors of the shapes of a part's slices as one, or None if any of them is missing.
 
     [groups, P_out, P_in (+1)] for linear layers, [1 or 2, units] for normalisation layers, the
     parameter's shape otherwise.
     """
-    grads = [piece.grad for piece in part.slices]
-    if any(grad is None or grad.is_sparse for grad in grads):
+    given = [tensor for tensor in tensors if tensor is not None and not tensor.is_sparse]
+    if len(given) < len(tensors):
         return None
-    first = grads[0]
-    assert first is not None
     if isinstance(part, KroneckerPart):
-        matrix = part.kind.to_matrix(part.module, first)
+        matrix = part.kind.to_matrix(part.module, given[0])
         if not part.has_bias:
             return matrix
-        bias = grads[1]
-        assert bias is not None
-        return torch.cat([matrix, bias.reshape(*matrix.shape[:2], 1)], -1)
+        return torch.cat([matrix, given[1].reshape(*matrix.shape[:2], 1)], -1)
     if isinstance(part, UnitwisePart):
-        return torch.stack([grad.flatten() for grad in grads if grad is not None])
-    return first
+        return torch.stack([tensor.flatten() for tensor in given])
+    return given[0]
+
+
+def read_gradient(part: Part) -> Tensor | None:
+    """The part's gradient in its canonical view, or None if any of it is missing."""
+    return canonical(part, [piece.grad for piece in part.slices])
 
 
 def write_gradient(part: Part, value: Tensor) -> None:

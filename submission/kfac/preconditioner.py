@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed, inverses
+from .adaptive_damping import Trial, adapted_damping, begin_trial, predicted_change
 from .capture import Recording
 from .config import KFACConfig
 from .curvature import Curvature, as_curvature, average_sums
@@ -262,6 +263,40 @@ class KFAC:
         self.seconds["factors"] += factors_done - start
         self.seconds["inverses"] += inverses_done - factors_done
         self.seconds["precondition"] += time.perf_counter() - inverses_done
+
+    # ---- adaptive damping -------------------------------------------------------------------
+
+    @property
+    def inverses_due(self) -> bool:
+        """Whether this step renews the inverses."""
+        return self._due(self.config.inverse_update_steps)
+
+    @torch.no_grad()
+    def begin_trial(self) -> Trial:
+        """Remembers gradients and parameters of this step, for `end_trial`.
+
+        Call it after the backward pass and before `precondition`.
+        """
+        return begin_trial(self._partition.parts)
+
+    @torch.no_grad()
+    def end_trial(self, trial: Trial, loss_before: float, loss_after: float) -> float:
+        """Adapts the damping to how well the step went (see `adaptive_damping`).
+
+        Args:
+            trial: of `begin_trial`, before the parameters were changed.
+            loss_before, loss_after: the mean loss of the same batch (same dropout) around the step.
+
+        Returns:
+            The reduction ratio.
+        """
+        predicted = float(
+            predicted_change(self._partition.parts, self._averages, trial, self._damping)
+        )
+        ratio = (loss_after - loss_before) / predicted if predicted < 0 else float("-inf")
+        steps = self.config.inverse_update_steps
+        self.damping = adapted_damping(self._damping, ratio, steps)
+        return ratio
 
     def _take_in_pending(self, terms: Tensor) -> bool:
         """Adds up the pending sums over ranks and moves the averages towards them.

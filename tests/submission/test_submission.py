@@ -174,6 +174,21 @@ def test_the_first_row_of_the_log_has_what_a_step_is_made_of():
     assert len(workload.metrics_logger.rows) == 1  # the second step comes within a second
 
 
+def test_adaptive_damping_judges_the_step_on_the_same_dropout_and_leaves_no_trace():
+    given = point(dropout_rate=0.5, learning_rate=1e-3, schedule="warmup_cosine", warmup_fraction=0)
+    outcomes = []
+    for adaptive in (False, True):
+        workload, model, state = start({**given, "adaptive_damping": adaptive})
+        torch.manual_seed(3)
+        steps(workload, model, state, given, [0])
+        outcomes.append((model.state_dict(), torch.get_rng_state(), state["kfac"].damping))
+    (plain, rng, damping), (adapted, rng_after, new_damping) = outcomes
+    assert all(torch.equal(plain[k], adapted[k]) for k in plain)
+    assert torch.equal(rng, rng_after)
+    assert damping == 1e-3
+    assert new_damping == pytest.approx(1e-3 * 0.95**2)  # a small step goes as predicted
+
+
 def test_bad_hyperparameters_stop_before_training():
     with pytest.raises(HyperparameterError, match="'damping' is -1"):
         start(point(damping=-1))
