@@ -36,11 +36,10 @@ from .partition import Partition, demote_uncalled, partition, unwrap
 from .report import ReportRow, format_report, report_rows
 from .setting import detect_setting
 from .sharing import SharingRule
+from .state import KFACState
 from .statistics import RowPairs, Sums, add_sums
 
 logger = logging.getLogger(__name__)
-
-STATE_VERSION = 1
 
 
 class KFACError(RuntimeError):
@@ -56,34 +55,19 @@ class KFAC:
 
     Attributes:
         config: the settings; `damping` may change during training, see the property.
-        step: number of finished steps (calls of `precondition`).
-        failures: events so far in which an update was dropped, by kind.
-        seconds: time spent so far in "factors", "inverses" and "precondition" (on a GPU the time
-            to launch the work, since nothing waits for it).
     """
 
     def __init__(self, model: nn.Module, config: KFACConfig | None = None) -> None:
         self.config = config or KFACConfig()
-        self.step = 0
-        self.failures = {"statistics": 0, "inverse": 0}
-        self.seconds = {"factors": 0.0, "inverses": 0.0, "precondition": 0.0}
         self._model = unwrap(model)
         approx = self.config.kfac_approx
-        self._approx: str | None = None if approx == "auto" else approx
+        self._state = KFACState(self.config.damping, None if approx == "auto" else approx)
         self._partition = self._make_partition("expand" if approx == "auto" else approx)
-        self._damping = self.config.damping
-        self._averages: dict[str, Sums] = {}
-        self._inverses: dict[str, inverses.Inverse] = {}
-        self._updates = 0
-        self._failures_in_a_row = 0
-        self._inverses_stale = False
         self._recordings: dict[str, Recording] = {}
         self._sharing: SharingRule = None
         self._pending: dict[str, Sums] = {}
         self._pending_terms: Tensor | None = None
         self._pending_rows: dict[str, RowPairs] = {}
-        self._corrections = 0  # updates of the corrected eigenvalues in the present basis
-        self._shared_over: dict[str, str] = {}
         device = next(self._model.parameters()).device
         self._generator = torch.Generator(device)
         self._generator.manual_seed(self.config.seed + distributed.rank())
@@ -96,19 +80,37 @@ class KFAC:
             max_factor_side=self.config.max_factor_side,
         )
 
+    @property
+    def step(self) -> int:
+        """Number of finished steps (calls of `precondition`)."""
+        return self._state.step
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """Updates that were dropped so far, by kind: "statistics" and "inverse"."""
+        return self._state.failures
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Time spent so far in "factors", "inverses" and "precondition".
+
+        On a GPU the time to launch the work, since nothing waits for it.
+        """
+        return self._state.seconds
+
     # ---- what is due ------------------------------------------------------------------------
 
     @property
     def damping(self) -> float:
         """λ in use. Setting it makes the next `precondition` renew the inverses."""
-        return self._damping
+        return self._state.damping
 
     @damping.setter
     def damping(self, value: float) -> None:
         if not value > 0:
             raise ValueError(f"damping must be positive, not {value}")
-        self._inverses_stale = self._inverses_stale or value != self._damping
-        self._damping = value
+        self._state.inverses_stale = self._state.inverses_stale or value != self._state.damping
+        self._state.damping = value
 
     @property
     def factors_due(self) -> bool:
@@ -118,8 +120,10 @@ class KFAC:
     def _due(self, interval: int) -> bool:
         # Curvature changes fastest at the start (a zero-initialised head gives the layers below
         # it no curvature at all in step 0), so the first interval has updates at 0, 1, 2, 4, 8, ...
-        early = self.config.early_updates and self.step < interval
-        return self.step % interval == 0 or (early and self.step & (self.step - 1) == 0)
+        early = self.config.early_updates and self._state.step < interval
+        return self._state.step % interval == 0 or (
+            early and self._state.step & (self._state.step - 1) == 0
+        )
 
     @property
     def _keeps_rows(self) -> bool:
@@ -146,8 +150,8 @@ class KFAC:
             return
         # "auto" is decided by the first outputs: until then both approximations are recorded.
         partitions = (
-            {self._approx: self._partition}
-            if self._approx is not None
+            {self._state.approx: self._partition}
+            if self._state.approx is not None
             else {approx: self._make_partition(approx) for approx in ("expand", "reduce")}
         )
         recordings = {
@@ -195,10 +199,10 @@ class KFAC:
             raise RuntimeError("KFAC.update needs a forward pass inside `with kfac.record():`")
         start = time.perf_counter()
         likelihood = as_likelihood(likelihood)
-        if self._approx is None:
+        if self._state.approx is None:
             self._decide_setting(likelihood, logits)
-        assert self._approx is not None
-        recording = recordings[self._approx]
+        assert self._state.approx is not None
+        recording = recordings[self._state.approx]
         vectors = likelihood.would_be_gradients(
             logits,
             fisher_type=self.config.fisher_type,
@@ -207,8 +211,8 @@ class KFAC:
             targets=targets,
             generator=self._generator,
         )
-        if not self._shared_over:
-            self._shared_over = recording.shared_over()
+        if not self._state.shared_over:
+            self._state.shared_over = recording.shared_over()
             self._partition = demote_uncalled(self._partition, recording.calls)
             recording.replace_uncalled(self._partition.parts)
         for vector in vectors:
@@ -223,12 +227,12 @@ class KFAC:
         terms = likelihood.terms(logits.detach(), mask, targets)
         self._pending_terms = terms if self._pending_terms is None else self._pending_terms + terms
         recording.release()
-        self.seconds["factors"] += time.perf_counter() - start
+        self._state.seconds["factors"] += time.perf_counter() - start
 
     def _decide_setting(self, likelihood: Likelihood, logits: Tensor) -> None:
-        self._approx, reason = detect_setting(likelihood, logits, self._sharing)
-        self._partition = self._make_partition(self._approx)
-        logger.info("K-FAC-%s is chosen: %s", self._approx, reason)
+        self._state.approx, reason = detect_setting(likelihood, logits, self._sharing)
+        self._partition = self._make_partition(self._state.approx)
+        logger.info("K-FAC-%s is chosen: %s", self._state.approx, reason)
 
     @torch.no_grad()
     def precondition(self) -> None:
@@ -244,25 +248,25 @@ class KFAC:
         self._pending_rows = {}
         accepted = terms is not None and self._take_in_pending(terms)
         factors_done = time.perf_counter()
-        if self._averages and (
+        if self._state.averages and (
             self._due(self.config.inverse_update_steps)
-            or not self._inverses
-            or self._inverses_stale
+            or not self._state.inverses
+            or self._state.inverses_stale
         ):
             self._renew_inverses()
         if accepted and terms is not None and self.config.eigenvalue_correction:
             self._correct_eigenvalues(rows, terms)
         inverses_done = time.perf_counter()
         for part in self._partition.parts:
-            inverse = self._inverses.get(part.name)
+            inverse = self._state.inverses.get(part.name)
             gradient = None if inverse is None else read_gradient(part)
             if inverse is not None and gradient is not None:
                 result = inverses.precondition(part, inverse, gradient.to(_dtype(inverse)))
                 write_gradient(part, result)
-        self.step += 1
-        self.seconds["factors"] += factors_done - start
-        self.seconds["inverses"] += inverses_done - factors_done
-        self.seconds["precondition"] += time.perf_counter() - inverses_done
+        self._state.step += 1
+        self._state.seconds["factors"] += factors_done - start
+        self._state.seconds["inverses"] += inverses_done - factors_done
+        self._state.seconds["precondition"] += time.perf_counter() - inverses_done
 
     # ---- adaptive damping -------------------------------------------------------------------
 
@@ -290,12 +294,11 @@ class KFAC:
         Returns:
             The reduction ratio.
         """
-        predicted = float(
-            predicted_change(self._partition.parts, self._averages, trial, self._damping)
-        )
+        parts, averages = self._partition.parts, self._state.averages
+        predicted = float(predicted_change(parts, averages, trial, self._state.damping))
         ratio = (loss_after - loss_before) / predicted if predicted < 0 else float("-inf")
         steps = self.config.inverse_update_steps
-        self.damping = adapted_damping(self._damping, ratio, steps)
+        self.damping = adapted_damping(self._state.damping, ratio, steps)
         return ratio
 
     def _take_in_pending(self, terms: Tensor) -> bool:
@@ -310,18 +313,18 @@ class KFAC:
         if not bool(finite & (terms > 0) & terms.isfinite()):
             self._fail("statistics", "the batch gave non-finite statistics or had no valid label")
             return False
-        self._failures_in_a_row = 0
+        self._state.failures_in_a_row = 0
         # A bias-corrected moving average: the t-th update gets weight (1 - d) / (1 - d^t).
-        self._updates += 1
+        self._state.updates += 1
         decay = self.config.factor_decay
-        weight = (1 - decay) / (1 - decay**self._updates)
+        weight = (1 - decay) / (1 - decay**self._state.updates)
         for part in self._partition.parts:
             if part.name not in pending:
                 continue
             new = average_sums(part, pending[part.name], terms)
-            old = self._averages.get(part.name)
+            old = self._state.averages.get(part.name)
             if old is None or weight == 1:
-                self._averages[part.name] = new
+                self._state.averages[part.name] = new
             else:
                 for key, value in new.items():
                     old[key].lerp_(value, weight)
@@ -332,55 +335,56 @@ class KFAC:
         sums = {
             name: summed_eigenvalues(
                 pairs,
-                self._inverses[name]["A.eigenvectors"],
-                self._inverses[name]["B.eigenvectors"],
+                self._state.inverses[name]["A.eigenvectors"],
+                self._state.inverses[name]["B.eigenvectors"],
             )
             for name, pairs in rows.items()
-            if name in self._inverses
+            if name in self._state.inverses
         }
         distributed.all_reduce_sums(list(sums.values()))
-        self._corrections += 1
+        self._state.corrections += 1
         decay = self.config.factor_decay
-        weight = (1 - decay) / (1 - decay**self._corrections)
+        weight = (1 - decay) / (1 - decay**self._state.corrections)
         for name, total in sums.items():
             average = total / terms.to(total.dtype)
-            old = self._inverses[name].get("corrected")
-            self._inverses[name]["corrected"] = (
+            old = self._state.inverses[name].get("corrected")
+            self._state.inverses[name]["corrected"] = (
                 average if old is None else old.lerp_(average, weight)
             )
 
     def _renew_inverses(self) -> None:
-        self._inverses_stale = False
-        self._corrections = 0
+        self._state.inverses_stale = False
+        self._state.corrections = 0
         kind, relative = self.config.damping_kind, self.config.relative_damping
         for part in self._partition.parts:
-            averages = self._averages.get(part.name)
+            averages = self._state.averages.get(part.name)
             if averages is None or not self._is_preconditioned(part):
                 continue
             inverse = inverses.invert(
                 part,
                 averages,
                 kind=kind,
-                damping=self._damping,
+                damping=self._state.damping,
                 relative=relative,
                 uses=self.config.inverse_update_steps,
             )
             if inverse is None:
                 self._fail("inverse", f"the factors of layer '{part.name}' could not be inverted")
             else:
-                self._inverses[part.name] = inverse
+                self._state.inverses[part.name] = inverse
 
     def _is_preconditioned(self, part: Any) -> bool:
         return self.config.fallback == "diagonal" or part.name not in self._partition.reasons
 
     def _fail(self, kind: str, message: str) -> None:
-        self.failures[kind] += 1
-        self._failures_in_a_row += 1
-        logger.warning("K-FAC step %d: %s; the previous ones stay in use", self.step, message)
-        if self._failures_in_a_row >= self.config.max_failures:
+        state = self._state
+        state.failures[kind] += 1
+        state.failures_in_a_row += 1
+        logger.warning("K-FAC step %d: %s; the previous ones stay in use", state.step, message)
+        if state.failures_in_a_row >= self.config.max_failures:
             raise KFACError(
-                f"{self._failures_in_a_row} K-FAC updates in a row failed, the last because "
-                f"{message}. Lower the learning rate or raise the damping (now {self._damping:g})."
+                f"{state.failures_in_a_row} K-FAC updates in a row failed, the last because "
+                f"{message}. Lower the learning rate or raise the damping (now {state.damping:g})."
             )
 
     # ---- what it holds ----------------------------------------------------------------------
@@ -388,14 +392,14 @@ class KFAC:
     def curvature(self) -> dict[str, Curvature]:
         """Name of a layer (or parameter outside layers) -> its current curvature."""
         return {
-            part.name: as_curvature(part, self._averages[part.name])
+            part.name: as_curvature(part, self._state.averages[part.name])
             for part in self._partition.parts
-            if part.name in self._averages
+            if part.name in self._state.averages
         }
 
     def report(self) -> list[ReportRow]:
         """What preconditions every parameter; the sharing is known after the first update."""
-        return report_rows(self._partition, self.config.fallback, self._shared_over)
+        return report_rows(self._partition, self.config.fallback, self._state.shared_over)
 
     def describe(self) -> str:
         """The report as a text table."""
@@ -404,21 +408,9 @@ class KFAC:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs: tensors and plain Python values only."""
         return {
-            "version": STATE_VERSION,
+            **self._state.to_dict(),
             "kfac_approx": self.config.kfac_approx,
-            "decided_approx": self._approx,
-            "step": self.step,
-            "updates": self._updates,
-            "corrections": self._corrections,
-            "damping": self._damping,
-            "inverses_stale": self._inverses_stale,
-            "failures": dict(self.failures),
-            "failures_in_a_row": self._failures_in_a_row,
-            "seconds": dict(self.seconds),
-            "shared_over": dict(self._shared_over),
-            "parts": [part.name for part in self._partition.parts],
-            "averages": {name: dict(sums) for name, sums in self._averages.items()},
-            "inverses": {name: dict(inverse) for name, inverse in self._inverses.items()},
+            "parts": self._part_names(),
             "generator": self._generator.get_state(),
         }
 
@@ -428,37 +420,22 @@ class KFAC:
         Raises:
             ValueError: the state belongs to another version, approximation or model.
         """
-        if state.get("version") != STATE_VERSION:
-            raise ValueError(
-                f"K-FAC state has version {state.get('version')}, this code reads {STATE_VERSION}"
-            )
+        restored = KFACState.from_dict(state, self._generator.device)
         if state["kfac_approx"] != self.config.kfac_approx:
             raise ValueError(
                 f"K-FAC state was made with kfac_approx={state['kfac_approx']!r}, not "
                 f"{self.config.kfac_approx!r}"
             )
-        self._approx = state["decided_approx"]
-        if self.config.kfac_approx == "auto" and self._approx is not None:
-            self._partition = self._make_partition(self._approx)
-        if state["shared_over"]:
+        if restored.approx is not None:
+            self._partition = self._make_partition(restored.approx)
+        if restored.shared_over:
             called = {name: int(name in state["parts"]) for name in self._part_names()}
             self._partition = demote_uncalled(self._partition, called)
         names = self._part_names()
         if names != list(state["parts"]):
             differing = sorted(set(names) ^ set(state["parts"]))
             raise ValueError(f"K-FAC state belongs to another model: it differs in {differing[:5]}")
-        device = self._generator.device
-        self.step = int(state["step"])
-        self._updates = int(state["updates"])
-        self._corrections = int(state["corrections"])
-        self._damping = float(state["damping"])
-        self._inverses_stale = bool(state["inverses_stale"])
-        self.failures = {k: int(v) for k, v in state["failures"].items()}
-        self._failures_in_a_row = int(state["failures_in_a_row"])
-        self.seconds = {k: float(v) for k, v in state["seconds"].items()}
-        self._shared_over = dict(state["shared_over"])
-        self._averages = _to_device(state["averages"], device)
-        self._inverses = _to_device(state["inverses"], device)
+        self._state = restored
         self._generator.set_state(state["generator"].cpu())
         self._pending, self._pending_terms, self._recordings = {}, None, {}
         self._pending_rows = {}
@@ -469,12 +446,3 @@ class KFAC:
 
 def _dtype(inverse: inverses.Inverse) -> torch.dtype:
     return next(iter(inverse.values())).dtype
-
-
-def _to_device(
-    tensors: Mapping[str, Mapping[str, Tensor]], device: torch.device
-) -> dict[str, dict[str, Tensor]]:
-    return {
-        name: {key: value.detach().to(device, copy=True) for key, value in group.items()}
-        for name, group in tensors.items()
-    }

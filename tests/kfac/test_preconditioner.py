@@ -214,7 +214,7 @@ def test_the_first_interval_is_updated_at_powers_of_two():
     kfac = KFAC(net(), KFACConfig(factor_update_steps=10, inverse_update_steps=10))
     due = []
     for step in range(25):
-        kfac.step = step
+        kfac._state.step = step
         due += [step] if kfac.factors_due else []
     assert due == [0, 1, 2, 4, 8, 10, 20]
 

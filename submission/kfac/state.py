@@ -1,0 +1,108 @@
+"""Everything that K-FAC carries from step to step, and how it is saved and restored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .inverses import Inverse
+from .statistics import Sums
+
+STATE_VERSION = 1
+
+
+def _no_failures() -> dict[str, int]:
+    return {"statistics": 0, "inverse": 0}
+
+
+def _no_seconds() -> dict[str, float]:
+    return {"factors": 0.0, "inverses": 0.0, "precondition": 0.0}
+
+
+@dataclass
+class KFACState:
+    """The mutable state of `KFAC`.
+
+    Attributes:
+        damping: λ in use.
+        approx: "expand" or "reduce"; None until it is decided.
+        step: finished steps.
+        updates: factor updates in the moving average.
+        corrections: updates of the corrected eigenvalues in the present basis.
+        inverses_stale: whether the damping has changed since the inverses were made.
+        failures, failures_in_a_row: updates that were dropped, by kind.
+        seconds: time spent, by phase.
+        shared_over: part name -> how its rows are shared, in words; empty before the first update.
+        averages: part name -> averages (see `curvature.average_sums`).
+        inverses: part name -> inverse.
+    """
+
+    damping: float
+    approx: str | None
+    step: int = 0
+    updates: int = 0
+    corrections: int = 0
+    inverses_stale: bool = False
+    failures_in_a_row: int = 0
+    failures: dict[str, int] = field(default_factory=_no_failures)
+    seconds: dict[str, float] = field(default_factory=_no_seconds)
+    shared_over: dict[str, str] = field(default_factory=dict)
+    averages: dict[str, Sums] = field(default_factory=dict)
+    inverses: dict[str, Inverse] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Tensors and plain Python values only."""
+        return {
+            "version": STATE_VERSION,
+            "damping": self.damping,
+            "approx": self.approx,
+            "step": self.step,
+            "updates": self.updates,
+            "corrections": self.corrections,
+            "inverses_stale": self.inverses_stale,
+            "failures_in_a_row": self.failures_in_a_row,
+            "failures": dict(self.failures),
+            "seconds": dict(self.seconds),
+            "shared_over": dict(self.shared_over),
+            "averages": {name: dict(sums) for name, sums in self.averages.items()},
+            "inverses": {name: dict(inverse) for name, inverse in self.inverses.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any], device: torch.device) -> KFACState:
+        """The state again, its tensors on `device`.
+
+        Raises:
+            ValueError: it was saved by another version.
+        """
+        if saved.get("version") != STATE_VERSION:
+            raise ValueError(
+                f"K-FAC state has version {saved.get('version')}, this code reads {STATE_VERSION}"
+            )
+        return cls(
+            damping=float(saved["damping"]),
+            approx=saved["approx"],
+            step=int(saved["step"]),
+            updates=int(saved["updates"]),
+            corrections=int(saved["corrections"]),
+            inverses_stale=bool(saved["inverses_stale"]),
+            failures_in_a_row=int(saved["failures_in_a_row"]),
+            failures={k: int(v) for k, v in saved["failures"].items()},
+            seconds={k: float(v) for k, v in saved["seconds"].items()},
+            shared_over=dict(saved["shared_over"]),
+            averages=_to_device(saved["averages"], device),
+            inverses=_to_device(saved["inverses"], device),
+        )
+
+
+def _to_device(
+    tensors: Mapping[str, Mapping[str, Tensor]], device: torch.device
+) -> dict[str, dict[str, Tensor]]:
+    return {
+        name: {key: value.detach().to(device, copy=True) for key, value in group.items()}
+        for name, group in tensors.items()
+    }
