@@ -1,0 +1,78 @@
+"""Which experiments there are, and what a module must offer to be one."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from rich.console import Console
+
+from experiments.tables import Table
+
+
+class ExperimentModule(Protocol):
+    """What each experiment's module defines.
+
+    Attributes:
+        SMALL: flags of the size that `all --small` runs.
+        PAPER: what the paper says about it, as Markdown, for the results page.
+    """
+
+    SMALL: list[str]
+    PAPER: str
+
+    def add_flags(self, parser: argparse.ArgumentParser) -> None:
+        """Adds the experiment's own flags."""
+
+    def run(self, options: argparse.Namespace, folder: Path, console: Console) -> dict[str, Any]:
+        """Does the work; returns the result as plain values for JSON."""
+
+    def tables(self, result: dict[str, Any]) -> list[Table]:
+        """The result as tables for the screen and for the results page."""
+
+    def draw(self, result: dict[str, Any], path: Path) -> bool:
+        """Draws the result as a PNG file; False if there is nothing to draw."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An entry of the list.
+
+    Attributes:
+        name: of the command and of the module.
+        paper: the table or figure.
+        shows: in a few words.
+        time: of the default run on two CPU cores.
+        needs: beyond the packages of the quickstart.
+        extra: whether requirements/experiments.txt is needed.
+    """
+
+    name: str
+    paper: str
+    shows: str
+    time: str
+    needs: str
+    extra: bool = False
+
+    def load(self) -> ExperimentModule:
+        """Imports the experiment's module."""
+        return cast(ExperimentModule, importlib.import_module(f"experiments.{self.name}"))
+
+
+EXPERIMENTS = (
+    Experiment(
+        "exactness",
+        "Figures 1, 2",
+        "both approximations against the exact GGN of a deep linear net",
+        "seconds",
+        "nothing",
+    ),
+)
+
+
+def find(name: str) -> Experiment | None:
+    """The experiment of that name."""
+    return next((e for e in EXPERIMENTS if e.name == name), None)
