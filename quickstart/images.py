@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from quickstart.errors import QuickstartError
 
@@ -122,6 +123,46 @@ def augment(
     image = np.arange(count)[:, None, None]
     picked = padded[image, :, rows[:, :, None], columns[:, None, :]]
     return np.ascontiguousarray(picked.transpose(0, 3, 1, 2))
+
+
+class ImageQueue:
+    """Endless stream of image batches; the n-th batch depends on the seed and on n alone."""
+
+    def __init__(
+        self, data: ImageData, batch_size: int, seed: list[int], device: torch.device
+    ) -> None:
+        self._data, self._batch_size, self._seed, self._device = data, batch_size, seed, device
+        self._per_epoch = len(data.splits["train"]) // batch_size
+        if self._per_epoch == 0:
+            raise ValueError(f"{len(data.splits['train'])} images do not fill one batch")
+        self.position = 0
+
+    def __iter__(self) -> "ImageQueue":
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        epoch, index = divmod(self.position, self._per_epoch)
+        order = np.random.default_rng([*self._seed, epoch]).permutation(self._data.splits["train"])
+        members = order[index * self._batch_size : (index + 1) * self._batch_size]
+        pixels = self._data.images[members]
+        if self._data.augment:
+            pixels = augment(pixels, np.random.default_rng([*self._seed, epoch, index]))
+        self.position += 1
+        return image_batch(pixels, self._data.classes[members], self._device)
+
+    def skip_to(self, position: int) -> None:
+        """Moves to where `position` batches have been drawn."""
+        self.position = position
+
+
+def image_batch(
+    pixels: npt.NDArray[np.uint8], classes: npt.NDArray[np.int64], device: torch.device
+) -> dict[str, Any]:
+    """'inputs' in [-1, 1], (images, channels, height, width), and 'targets', (images,)."""
+    return {
+        "inputs": torch.from_numpy(pixels).to(device).float().div_(127.5).sub_(1),
+        "targets": torch.from_numpy(classes).to(device),
+    }
 
 
 class _ArraysOnly(pickle.Unpickler):

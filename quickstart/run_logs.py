@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MEASUREMENTS = "measurements.csv"
 EVAL_MEASUREMENTS = "eval_measurements.csv"
 RUN_RECORD = "quickstart_run.json"
+# Modules that show, start or choose runs, and have no influence on how one goes.
+_NO_INFLUENCE = ("errors", "parallel", "reporting", "settings", "study", "tuning")
 
 
 def workload_folder(experiment_dir: Path, experiment_name: str, workload: str) -> Path:
@@ -191,7 +193,7 @@ def code_version(submission: Path | None = None) -> str:
         submission: the submission's file; all Python files of its folder count. None leaves it
             out.
     """
-    files = sorted((ROOT / "quickstart").glob("*.py"))
+    files = [f for f in sorted((ROOT / "quickstart").glob("*.py")) if f.stem not in _NO_INFLUENCE]
     if submission is not None:
         files += sorted(submission.resolve().parent.rglob("*.py"))
     digest = hashlib.sha256()

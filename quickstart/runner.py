@@ -21,10 +21,11 @@ from typing import Any
 from absl import flags
 
 from quickstart import run_logs, search_space, submissions
+from quickstart.base_workload import QuickstartWorkload
 from quickstart.errors import QuickstartError, explain_os_error, run_reporting_errors
 from quickstart.reporting import choose_reporter
 from quickstart.training import InterruptedRunError, RunSettings, TrainingRun
-from quickstart.workloads import WORKLOADS, QuickstartWorkload, build_workload
+from quickstart.workloads import WORKLOADS, build_workload
 
 # Flags of this program alone: AlgoPerf's runner may be imported in the same process.
 FLAGS: flags.FlagValues = flags.FlagValues()  # type: ignore[no-untyped-call]

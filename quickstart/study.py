@@ -16,10 +16,11 @@ from pathlib import Path
 from rich.console import Console
 
 from quickstart import molecules, run_logs, runner, search_space, settings, submissions
+from quickstart.base_workload import QuickstartWorkload
 from quickstart.errors import QuickstartError, run_reporting_errors, writing
 from quickstart.parallel import Job, run_jobs
 from quickstart.training import RunSettings
-from quickstart.workloads import WORKLOADS, QuickstartWorkload, build_workload
+from quickstart.workloads import WORKLOADS, build_workload
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_SUBMISSION = ROOT / "submission" / "submission.py"

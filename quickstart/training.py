@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from quickstart import checkpoints, rng
+from quickstart.base_workload import QuickstartWorkload
 from quickstart.errors import QuickstartError
 from quickstart.reporting import Reporters
 from quickstart.run_logs import MetricsLogger
 from quickstart.submissions import Submission
-from quickstart.workloads import QuickstartWorkload
 from submission.algoperf_compat import spec
 
 
