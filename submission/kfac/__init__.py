@@ -6,6 +6,7 @@ for Modern Neural Network Architectures", NeurIPS 2023, arXiv 2311.00636. Needs 
 
 from .config import KFACConfig
 from .curvature import Curvature, DiagonalCurvature, KroneckerFactors, UnitwiseCurvature
+from .eigenvalue_correction import EigenvalueCorrectedFactors
 from .functional import curvature, kronecker_factors
 from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from .preconditioner import KFAC, KFACError
@@ -17,6 +18,7 @@ __all__ = [
     "Categorical",
     "Curvature",
     "DiagonalCurvature",
+    "EigenvalueCorrectedFactors",
     "Gaussian",
     "KFACConfig",
     "KFACError",
