@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import importlib.util
 import json
+import logging
 import os
 import re
 import signal
@@ -115,6 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.help:
         print(f"{__doc__}\n{FLAGS.main_module_help() or FLAGS.get_help()}")
         return 0
+    logging.basicConfig(format="%(message)s")
     submission = submissions.load(Path(options.submission_path))
     seed = options.rng_seed
     if seed is None:

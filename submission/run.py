@@ -16,6 +16,8 @@ from .schedules import schedule_shape
 from .training_log import TrainingLog
 
 logger = logging.getLogger(__name__)
+# AlgoPerf's runner leaves logging at warnings; what trains what has to be seen in every run's log.
+logger.setLevel(logging.INFO)
 
 
 class BadStepsError(RuntimeError):

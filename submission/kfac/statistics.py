@@ -117,7 +117,9 @@ class Collector(ABC):
 
     def sharing_in_words(self) -> str:
         """For the report: over what the first call's rows were shared."""
-        words = self.positions if self.positions == "1" else f"{self.positions} positions"
+        words = (
+            f"{self.positions} positions" if self.positions not in ("1", "-") else self.positions
+        )
         if self.sharings[0].is_ragged:
             words = "ragged rows"
         return words if self.calls == 1 else f"{words}, {self.calls} calls"
