@@ -1,0 +1,107 @@
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from experiments import cifar
+from experiments import update_step_timing as timing
+from quickstart.errors import QuickstartError
+from submission.kfac import kronecker_factors, layers
+
+
+def options(*flags: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    timing.add_flags(parser)
+    return parser.parse_args(["--depth=10", "--width=1", "--repeats=2", "--device=cpu", *flags])
+
+
+def test_run_times_everything_and_says_that_the_data_are_random(tmp_path: Path) -> None:
+    result = timing.run(options("--batch-sizes", "2", "4"), tmp_path, Console(quiet=True))
+    (table,) = timing.tables(result)
+    assert "random pixels" in table.title
+    assert [row[0] for row in table.rows] == ["2", "4"]
+    assert all("±" in cell for row in table.rows for cell in (*row[1:4], *row[5:]))
+    assert timing.draw(result, tmp_path / "picture.png")
+
+
+def test_fast_paths_are_off_inside_only_and_change_no_factor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+    second_moment = layers.shifted_products.second_moment
+
+    def counted(*arguments: object) -> torch.Tensor:
+        calls.append(1)
+        return second_moment(*arguments)
+
+    monkeypatch.setattr(layers.shifted_products, "second_moment", counted)
+    model = torch.nn.Sequential(torch.nn.Conv2d(8, 4, 3, padding=1), torch.nn.Flatten()).double()
+    x = torch.randn(2, 8, 4, 4, dtype=torch.float64)
+
+    def factor() -> torch.Tensor:
+        return kronecker_factors(model, x, likelihood="gaussian", kfac_approx="expand")[
+            "0"
+        ].input_covariance
+
+    fast = factor()
+    assert calls
+    calls.clear()
+    with timing.fast_convolutions_off():
+        slow = factor()
+    assert not calls
+    torch.testing.assert_close(slow, fast)
+    factor()
+    assert calls
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_out_of_memory_becomes_a_cell(error: Exception) -> None:
+    def work() -> list[float]:
+        raise error
+
+    assert timing.unless_out_of_memory(work) is None
+    seconds = {kind: {"8": [1.0, 2.0], "9": None} for kind in timing._FULL}
+    (table,) = timing.tables({"data": "x", "batch_sizes": [8, 9], "seconds": seconds})
+    assert table.rows[1] == ("9", "OOM", "OOM", "OOM", "-", "OOM", "OOM")
+
+
+def test_other_errors_are_not_taken_for_out_of_memory() -> None:
+    def work() -> list[float]:
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        timing.unless_out_of_memory(work)
+
+
+def test_image_folder(tmp_path: Path) -> None:
+    for split, count in (("train", 10), ("test", 2)):
+        for label, name in enumerate(("cat", "dog")):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.full((4, 4, 3), 100 * label + i, np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
+    data = cifar.load(tmp_path)
+    assert {name: len(members) for name, members in data.splits.items()} == {
+        "train": 18,
+        "validation": 2,
+        "test": 4,
+    }
+    assert np.array_equal(data.images[:, 0, 0, 0] // 100, data.classes)
+    images, classes = cifar.tensors(data, data.splits["test"], torch.device("cpu"))
+    assert images.shape == (4, 3, 4, 4)
+    assert classes.tolist() == [0, 0, 1, 1]
+
+    (tmp_path / "test" / "dog").rename(tmp_path / "test" / "wolf")
+    with pytest.raises(QuickstartError, match="same names"):
+        cifar.load(tmp_path)
