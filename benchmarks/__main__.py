@@ -1,0 +1,187 @@
+"""Command line: python -m benchmarks COMMAND."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from benchmarks import amortised, memory, phases, step, sweep
+from benchmarks.methods import APPROXES, FISHERS
+from benchmarks.models import SIZES
+from benchmarks.report import environment, save_figure, save_json
+from benchmarks.rows import METHODS, Row, choose_rows
+
+MODELS = ("wrn", "vit", "gpt")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Speed and memory of K-FAC steps, beside other libraries and plain SGD.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("step", "one step with factors and inverses renewed in it, against an SGD step"),
+        ("memory", "peak memory of one step above the loaded model, each in its own process"),
+        ("sweep", "time and memory over batch sizes, with the slope in log-log"),
+        ("amortised", "a training step on average when updates are 10 or 50 steps apart"),
+        ("profile", "phases of our own step"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        _common(command, name)
+    probe = commands.add_parser("probe", help="one measurement of `memory`, printed as JSON")
+    probe.add_argument("row")
+    probe.add_argument("model")
+    probe.add_argument("batch_size", type=int)
+    probe.add_argument("--device", default="cpu")
+    probe.add_argument("--threads", type=int, default=2)
+    probe.add_argument("--size", choices=SIZES, default="full")
+    return parser
+
+
+def _common(command: argparse.ArgumentParser, name: str) -> None:
+    models = {"amortised": amortised.MODELS, "profile": (*MODELS, "graph"), "sweep": ("wrn", "vit")}
+    allowed = models.get(name, MODELS)
+    default = list(allowed[:1]) if name == "sweep" else list(allowed)
+    command.add_argument("--models", nargs="+", choices=allowed, default=default)
+    if name != "profile" and name != "amortised":
+        command.add_argument("--methods", nargs="+", choices=METHODS, default=_methods(name))
+    command.add_argument("--approx", nargs="+", choices=APPROXES, default=list(APPROXES))
+    if name in ("step", "memory"):
+        default_fishers = list(FISHERS) if name == "step" else ["mc"]
+        command.add_argument("--fisher", nargs="+", choices=FISHERS, default=default_fishers)
+    if name == "amortised":
+        text = "steps between updates (default: 10 for graph, 50 for vit)"
+        command.add_argument("--intervals", nargs="+", type=int, default=None, help=text)
+    default_batches = [16, 32, 64, 128, 256] if name == "sweep" else None
+    command.add_argument("--batch-sizes", nargs="+", type=int, default=default_batches)
+    if name != "memory":
+        command.add_argument("--repeats", type=int, default=3 if name == "sweep" else 7)
+    if name == "profile":
+        command.add_argument("--operators", type=int, default=0, metavar="N",
+                             help="also show the N most expensive operators")  # fmt: skip
+    command.add_argument("--threads", type=int, default=2)
+    command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    command.add_argument("--size", choices=SIZES, default="full",
+                         help="tiny checks that everything runs")  # fmt: skip
+    command.add_argument("--output", type=Path, default=Path("runs/benchmarks"))
+
+
+def _methods(name: str) -> list[str]:
+    return ["ours"] if name == "sweep" else list(METHODS)
+
+
+def _run_step(options: Any, device: torch.device, console: Console) -> list[dict[str, Any]]:
+    rows = choose_rows(options.methods, options.approx, options.fisher)
+    results = []
+    for model in options.models:
+        for batch_size in step.batch_sizes(model, options.batch_sizes):
+            result = step.measure_step(
+                model, batch_size, rows, options.repeats, device, console, options.size
+            )
+            console.print(step.step_table(result, rows))
+            results.append(result)
+    save_figure(options.output, "step", step.step_figure(results))
+    return results
+
+
+def _run_memory(options: Any, device: torch.device, console: Console) -> list[dict[str, Any]]:
+    rows = choose_rows(options.methods, options.approx, options.fisher)
+    results = []
+    for model in options.models:
+        for batch_size in step.batch_sizes(model, options.batch_sizes)[-1:]:
+            result = memory.measure_memory(
+                model, batch_size, rows, device, options.threads, options.size
+            )
+            console.print(memory.memory_table(result, rows))
+            results.append(result)
+    save_figure(options.output, "memory", memory.memory_figure(results))
+    return results
+
+
+def _run_sweep(options: Any, device: torch.device, console: Console) -> list[dict[str, Any]]:
+    rows = choose_rows(options.methods, options.approx, ["mc"])
+    results = []
+    for model in options.models:
+        result = sweep.measure_sweep(
+            model, options.batch_sizes, rows, options.repeats, device, console,
+            options.threads, options.size,
+        )  # fmt: skip
+        console.print(sweep.sweep_table(result))
+        results.append(result)
+    save_figure(options.output, "sweep", sweep.sweep_figure(results))
+    return results
+
+
+def _run_amortised(options: Any, device: torch.device, console: Console) -> list[dict[str, Any]]:
+    results = []
+    for model in options.models:
+        batch_size = step.batch_sizes(model, options.batch_sizes)[0]
+        for interval in options.intervals or [amortised.INTERVALS[model]]:
+            result = amortised.measure_amortised(
+                model, batch_size, interval, options.approx, options.repeats, device, console,
+                options.size,
+            )  # fmt: skip
+            console.print(amortised.amortised_table(result))
+            results.append(result)
+    save_figure(options.output, "amortised", amortised.amortised_figure(results))
+    return results
+
+
+def _run_profile(options: Any, device: torch.device, console: Console) -> list[dict[str, Any]]:
+    results = []
+    for model in options.models:
+        for batch_size in step.batch_sizes(model, options.batch_sizes)[-1:]:
+            for approx in options.approx:
+                arguments = model, batch_size, approx
+                result = phases.measure_phases(*arguments, options.repeats, device, options.size)
+                console.print(phases.phases_table(result))
+                if options.operators:
+                    result["operators"] = phases.operator_table(
+                        *arguments, device, options.size, options.operators
+                    )
+                    console.print(result["operators"], markup=False, soft_wrap=True)
+                results.append(result)
+    save_figure(options.output, "profile", phases.phases_figure(results))
+    return results
+
+
+_COMMANDS = {
+    "step": _run_step,
+    "memory": _run_memory,
+    "sweep": _run_sweep,
+    "amortised": _run_amortised,
+    "profile": _run_profile,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("error: --device cuda, but torch finds no GPU: use --device cpu", file=sys.stderr)
+        return 2
+    torch.set_num_threads(options.threads)
+    if options.command == "probe":
+        row = Row.parse(options.row)
+        memory.print_probe(row, options.model, options.batch_size, device, options.size)
+        return 0
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=100)
+    results = _COMMANDS[options.command](options, device, console)
+    saved = {"environment": environment(device), "results": results}
+    path = save_json(options.output, options.command, saved)
+    console.print(f"figures: {path} and {path.with_suffix('.png').name}", markup=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""`amortised`: the average step when factors and inverses are renewed every k-th step.
+
+Steps with and without an update are timed apart, in turn with steps of the reference optimizer
+(the update rule alone), and put together as (update + (k - 1) · other) / k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.methods import kfac_step, make_kfac, reference_step
+from benchmarks.models import TITLES, make_case
+from benchmarks.report import make_table, progress_bar, ratio_text
+from benchmarks.timing import Spread, Step, race
+from submission.kfac import KFAC
+
+MODELS = ("graph", "vit")
+INTERVALS = {"graph": 10, "vit": 50}
+REFERENCE = "reference"
+
+
+def measure_amortised(
+    model: str,
+    batch_size: int,
+    interval: int,
+    approxes: list[str],
+    repeats: int,
+    device: torch.device,
+    console: Console,
+    size: str = "full",
+) -> dict[str, Any]:
+    """Ratios of K-FAC's average step to the reference step."""
+    reference = make_case(model, batch_size, device, size)
+    steps: dict[str, Step] = {REFERENCE: reference_step(reference)}
+    for approx in approxes:
+        case = make_case(model, batch_size, device, size)
+        kfac = make_kfac(case, approx, "mc", interval)
+        step = kfac_step(case, kfac)
+        steps[f"{approx} update"] = _at(kfac, 0, step)
+        steps[f"{approx} other"] = _at(kfac, 1, step)
+    title = f"{model} every {interval}"
+    with progress_bar(console, title, len(steps) * (repeats + 1)) as tick:
+        result = race(steps, repeats, device, tick)
+    if result.failures:
+        raise RuntimeError(f"steps failed: {result.failures}")
+    ratios: dict[str, Any] = {}
+    for approx in approxes:
+        for clock in ("cpu", "wall"):
+            keys = (f"{approx} update", f"{approx} other", REFERENCE)
+            rounds = zip(*(result.samples[key] for key in keys), strict=True)
+            values = [
+                (getattr(update, clock) + (interval - 1) * getattr(other, clock))
+                / (interval * getattr(plain, clock))
+                for update, other, plain in rounds
+            ]
+            ratios.setdefault(approx, {})[clock] = asdict(Spread.of(values))
+    return {
+        "model": model,
+        "title": TITLES[model],
+        "batch_size": batch_size,
+        "interval": interval,
+        "update_rule": reference.update_rule,
+        "ratios": ratios,
+        "seconds": {key: asdict(result.seconds(key, "wall")) for key in steps},
+    }
+
+
+def _at(kfac: KFAC, position: int, step: Step) -> Step:
+    """The step, always as if `position` steps had been made: 0 renews everything, 1 nothing."""
+
+    def at() -> None:
+        kfac.step = position
+        step()
+
+    return at
+
+
+def amortised_table(result: dict[str, Any]) -> Table:
+    """One network's table."""
+    table = make_table(
+        f"{result['title']}, batch {result['batch_size']}: an update in {result['interval']} steps",
+        ["", "average step, CPU / reference", "wall / reference", "update, s", "other, s"],
+        f"reference: {result['update_rule']} alone, "
+        f"{result['seconds'][REFERENCE]['median']:.3f} s a step; medians (quartiles) over rounds",
+    )
+    for approx, ratios in result["ratios"].items():
+        table.add_row(
+            approx,
+            ratio_text(Spread(**ratios["cpu"])),
+            ratio_text(Spread(**ratios["wall"])),
+            f"{result['seconds'][f'{approx} update']['median']:.3f}",
+            f"{result['seconds'][f'{approx} other']['median']:.3f}",
+        )
+    return table
+
+
+def amortised_figure(results: list[dict[str, Any]]) -> Any:
+    """Bars of the average step's ratio."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 0.8 + 0.8 * len(results)))
+    axes = figure.add_subplot()
+    for result in results:
+        for approx, ratios in result["ratios"].items():
+            label = f"{result['model']} every {result['interval']}, {approx}"
+            spread = ratios["cpu"]
+            errors = [[spread["median"] - spread["low"]], [spread["high"] - spread["median"]]]
+            axes.barh(label, spread["median"], xerr=errors, color="tab:orange")
+    axes.axvline(1, color="tab:blue", label="reference optimizer")
+    axes.invert_yaxis()
+    axes.set_xlabel("average step / reference step, CPU time")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    return figure
