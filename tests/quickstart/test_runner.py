@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -147,8 +148,10 @@ def kill_and_resume(
     flags = {"max_global_steps": 30, "eval_every": 2}
     if not (tmp_path / "runs" / "whole").exists():
         assert runner.main(flags_for(experiment_name="whole", **flags)) == 0
-    process = start(flags_for("--overwrite", **flags))
-    deadline = time.monotonic() + 120
+    # An earlier round's checkpoints would be taken for this process's own.
+    shutil.rmtree(trial(tmp_path).parent, ignore_errors=True)
+    process = start(flags_for(**flags))
+    deadline = time.monotonic() + 300
     while not list(trial(tmp_path).glob("checkpoint_*")):
         assert process.poll() is None, process.stdout.read() if process.stdout else ""
         assert time.monotonic() < deadline
