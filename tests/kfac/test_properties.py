@@ -470,6 +470,29 @@ def test_segments_of_equal_size_are_explicit_positions(
     assert_same({k: ragged[k] for k in norms}, {k: expected[k] for k in norms})
 
 
+@examples(20)
+@given(approxes, st.integers(2, 4), seeds)
+def test_the_padding_index_of_an_embedding_has_no_part_in_its_factors(kfac_approx, width, seed):
+    # Its row is never trained: the same factors as if those tokens had a row of their own, without
+    # that row; the tokens stay positions of their examples, so the counts are the same.
+    torch.manual_seed(seed)
+    padded = nn.Sequential(nn.Embedding(5, width, padding_idx=1), Mixing(), nn.Linear(width, 3))
+    plain = nn.Sequential(nn.Embedding(5, width), Mixing(), nn.Linear(width, 3))
+    plain.load_state_dict(padded.state_dict())
+    x = torch.randint(5, (4, 3))
+    x[0, 0] = 1
+    options = {"likelihood": "categorical", "kfac_approx": kfac_approx, "fisher_type": "type-2"}
+    block, other = (curvature(m, x, **options)["0"].input_covariance for m in (padded, plain))
+    kept = torch.tensor([0, 2, 3, 4])
+    assert float(block[1].abs().max()) == 0
+    assert float(other[1].abs().max()) > 0
+    if block.dim() == 1:
+        torch.testing.assert_close(block[kept], other[kept])
+    else:
+        assert float(block[:, 1].abs().max()) == 0
+        torch.testing.assert_close(block[kept][:, kept], other[kept][:, kept])
+
+
 # ---- additivity -------------------------------------------------------------------------------
 
 
