@@ -43,8 +43,10 @@ from torch import nn
 
 from submission.kfac import Categorical, kronecker_factors
 
+# Named together with torch: alone, pip would take the newest torchvision, and torch with it.
 curvlinops = pytest.importorskip(
-    "curvlinops", reason="needs curvlinops-for-pytorch: pip install curvlinops-for-pytorch==3.0.1"
+    "curvlinops",
+    reason="needs curvlinops-for-pytorch: pip install torch==<yours> curvlinops-for-pytorch==3.0.1",
 )
 
 AGREE = 1e-10  # relative, of the Frobenius norm; 1e-6 is what is asked for
