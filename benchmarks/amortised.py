@@ -40,9 +40,9 @@ def measure_amortised(
     for approx in approxes:
         case = make_case(model, batch_size, device, size)
         kfac = make_kfac(case, approx, "mc", interval)
-        step = kfac_step(case, kfac)
-        steps[f"{approx} update"] = _at(kfac, 0, step)
-        steps[f"{approx} other"] = _at(kfac, 1, step)
+        cycle = _Cycle(kfac, kfac_step(case, kfac))
+        steps[f"{approx} update"] = cycle.update
+        steps[f"{approx} other"] = cycle.other
     title = f"{model} every {interval}"
     with progress_bar(console, title, len(steps) * (repeats + 1)) as tick:
         result = race(steps, repeats, device, tick)
@@ -70,14 +70,25 @@ def measure_amortised(
     }
 
 
-def _at(kfac: KFAC, position: int, step: Step) -> Step:
-    """The step, always as if `position` steps had been made: 0 renews everything, 1 nothing."""
+class _Cycle:
+    """Steps of one K-FAC, either one that renews everything or one that renews nothing.
 
-    def at() -> None:
-        kfac.step = position
-        step()
+    The step counter is set before each, so that no hundreds of other steps have to be waited for.
+    """
 
-    return at
+    def __init__(self, kfac: KFAC, step: Step) -> None:
+        self._kfac = kfac
+        self._step = step
+
+    def update(self) -> None:
+        """A step in which factors and inverses are renewed."""
+        self._kfac._state.step = 0
+        self._step()
+
+    def other(self) -> None:
+        """A step in which nothing is renewed."""
+        self._kfac._state.step = 1
+        self._step()
 
 
 def amortised_table(result: dict[str, Any]) -> Table:

@@ -38,7 +38,7 @@ def reference_step(case: Case, rule: str | None = None) -> Step:
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        case.loss(case.model(case.inputs)).backward()
+        torch.autograd.backward(case.loss(case.model(case.inputs)))
         optimizer.step()
 
     return step
@@ -71,7 +71,7 @@ def kfac_step(case: Case, kfac: KFAC, rule: str | None = None) -> Step:
         with kfac.record(case.sharing() if kfac.factors_due else None):
             logits = case.model(case.inputs)
         kfac.update(logits, case.likelihood, mask=case.weights, targets=case.targets)
-        case.loss(logits).backward()
+        torch.autograd.backward(case.loss(logits))
         kfac.precondition()
         optimizer.step()
 

@@ -160,7 +160,7 @@ def curvlinops_step(case: Case, approx: str, fisher: str) -> Step:
         optimizer.zero_grad(set_to_none=True)
         kfac = _curvlinops_operator(curvlinops, case, parameters, approx, fisher)
         kfac.compute_kronecker_factors()
-        case.loss(case.model(case.inputs)).backward()
+        torch.autograd.backward(case.loss(case.model(case.inputs)))
         inverse = curvlinops.KFACInverseLinearOperator(
             kfac, damping=DAMPING, use_heuristic_damping=True
         )

@@ -76,7 +76,7 @@ def _our_phases(case: Case, approx: str, watch: Stopwatch) -> Any:
         optimizer.zero_grad(set_to_none=True)
         logits = watch.time("forward", forward)
         watch.time("fisher pass", lambda: kfac.update(logits, case.likelihood, mask=case.weights))
-        watch.time("backward", lambda: case.loss(logits).backward())
+        watch.time("backward", lambda: torch.autograd.backward(case.loss(logits)))
         before = dict(kfac.seconds)
         watch.time("end of step", kfac.precondition)
         for name, key in (("inverses", "inverses"), ("precondition", "precondition")):
@@ -93,7 +93,7 @@ def _plain_phases(case: Case, watch: Stopwatch) -> Any:
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         logits = watch.time("forward", lambda: case.model(case.inputs))
-        watch.time("backward", lambda: case.loss(logits).backward())
+        watch.time("backward", lambda: torch.autograd.backward(case.loss(logits)))
         watch.time("update", optimizer.step)
 
     return step

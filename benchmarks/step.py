@@ -13,7 +13,7 @@ from benchmarks.floor import Work, count_work
 from benchmarks.models import BATCH_SIZES, TITLES, make_case
 from benchmarks.report import make_table, progress_bar, ratio_text
 from benchmarks.rows import NOTES, SGD, Row, failure_lines, make_steps
-from benchmarks.timing import Gemm, Race, Spread, race
+from benchmarks.timing import Gemm, Race, Spread, Step, race
 
 GEMM = "gemm"
 
@@ -30,7 +30,7 @@ def measure_step(
     """Races the rows on one network; returns what the table and the JSON file need."""
     steps, failures = make_steps(rows, model, batch_size, device, size)
     gemm = Gemm(device, side=1536 if size == "full" else 64)
-    everything = {SGD.key: steps.pop(SGD.key), GEMM: gemm, **steps}
+    everything: dict[str, Step] = {SGD.key: steps.pop(SGD.key), GEMM: gemm, **steps}
     with progress_bar(console, f"{model} {batch_size}", len(everything) * (repeats + 1)) as tick:
         result = race(everything, repeats, device, tick)
     failures |= result.failures
