@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .hyperparameters import Hyperparameters
 from .kfac import KFAC
-from .kfac.distributed import rank
+from .kfac.distributed import rank, world_size
+from .kfac.partition import unwrap
 from .schedules import schedule_shape
 from .training_log import TrainingLog
 
@@ -24,20 +25,26 @@ class BadStepsError(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite."""
 
 
+class UnwrappedModelError(RuntimeError):
+    """Several ranks, and a model that does not average its gradients over them."""
+
+
 class Run:
     """Settings, schedule, log and the counters of skipped steps.
 
     Args:
         settings: the validated hyperparameters.
         workload: asked for its step hint.
+        model: as the run begins with it, in its wrappers.
 
     Attributes:
         kinds_of_rows: layer name -> kind of its rows, learnt from ragged batches.
         skipped: number of steps that were skipped because something was not finite.
     """
 
-    def __init__(self, settings: Hyperparameters, workload: Any) -> None:
+    def __init__(self, settings: Hyperparameters, workload: Any, model: nn.Module) -> None:
         self.settings = settings
+        self._model = model
         self.shape = schedule_shape(
             step_hint=int(workload.step_hint),
             training_steps=settings.training_steps,
@@ -53,6 +60,28 @@ class Run:
         self.skipped = 0
         self._skipped_in_a_row = 0
         self._reported = False
+
+    def rewrapped(self, model: nn.Module) -> nn.Module:
+        """The model to train: the one given, in the wrapper that the run began with.
+
+        AlgoPerf restores a checkpoint into the module inside DistributedDataParallel and hands that
+        module back, without the wrapper: its gradients would not be averaged, and the ranks would
+        drift apart unnoticed. The wrapper of the beginning still holds the very same module.
+
+        Raises:
+            UnwrappedModelError: there are several ranks, and the model is neither wrapped nor the
+                one that the run began with.
+        """
+        if _is_parallel(model) or not (_is_parallel(self._model) or world_size() > 1):
+            return model
+        if unwrap(model) is unwrap(self._model):
+            return self._model
+        raise UnwrappedModelError(
+            f"training runs on {world_size()} ranks, but got a {type(model).__name__} that is "
+            "neither in DistributedDataParallel nor the model that init_optimizer_state got: its "
+            "gradients would not be averaged over the ranks. Wrap it in DistributedDataParallel "
+            "before init_optimizer_state."
+        )
 
     def accepts(self, loss: Tensor, grad_norm: Tensor, global_step: int) -> bool:
         """Whether a step may be taken: loss and gradient are finite.
@@ -116,3 +145,13 @@ class Run:
         self.kinds_of_rows = dict(state["kinds_of_rows"])
         self.skipped = int(state["skipped"])
         self._skipped_in_a_row = int(state["skipped_in_a_row"])
+
+
+def _is_parallel(model: nn.Module) -> bool:
+    """Whether one of the wrappers around a model adds up gradients over ranks or devices."""
+    inner: Any = model
+    while isinstance(inner, nn.Module):
+        if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            return True
+        inner = getattr(inner, "_orig_mod", None)
+    return False

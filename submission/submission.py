@@ -79,7 +79,7 @@ def init_optimizer_state(
     """
     del model_state
     settings = Hyperparameters.from_tuning_point(hyperparameters)
-    run = Run(settings, workload)
+    run = Run(settings, workload, model_params)
     optimizer = UPDATE_RULES[settings.update_rule](model_params.parameters(), settings)
     state: dict[str, Any] = {"optimizer": optimizer, "run": run}
     config = settings.kfac_config(seed=int(rng[0]) % 2**31)
@@ -104,7 +104,8 @@ def update_params(
 ) -> tuple[dict[str, Any], nn.Module, Any]:
     """One training step; returns (optimizer_state, model, model_state)."""
     del current_params_types, hyperparameters, train_state
-    model, run = current_param_container, optimizer_state["run"]
+    run = optimizer_state["run"]
+    model = run.rewrapped(current_param_container)
     optimizer, kfac = optimizer_state["optimizer"], optimizer_state.get("kfac")
     settings: Hyperparameters = run.settings
     start = time.perf_counter()
