@@ -170,6 +170,19 @@ setup_dev() {
   echo "$want" >"$VENV/.stamp-dev"
 }
 
+setup_experiments() {
+  local want
+  setup_quickstart
+  want="$(stamp "$ROOT/requirements/experiments.txt")"
+  [[ "$(cat -- "$VENV/.stamp-experiments" 2>/dev/null)" != "$want" ]] || return 0
+  echo "setting up laplace-torch in $VENV" >&2
+  touch "$VENV/.installing"
+  : >"$LOG"
+  install "$VENV" --no-deps -r "$ROOT/requirements/experiments.txt"
+  rm -f -- "$VENV/.installing"
+  echo "$want" >"$VENV/.stamp-experiments"
+}
+
 # setup_algoperf SOURCE: AlgoPerf at the tested commit, in an environment with its own pins.
 setup_algoperf() {
   local source="$1" clone="$CACHE/algoperf" want
@@ -314,7 +327,11 @@ cmd_compare() {
 }
 
 cmd_experiments() {
-  ready quickstart
+  if [[ "${1:-}" == marginal_likelihood || "${1:-}" == all ]]; then
+    ready experiments
+  else
+    ready quickstart
+  fi
   run exec "$VENV/bin/python" -m experiments "$@"
 }
 

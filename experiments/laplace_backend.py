@@ -1,0 +1,323 @@
+"""K-FAC of this project as a curvature backend of laplace-torch (0.3).
+
+    from laplace import Laplace, marglik_training
+    from experiments.laplace_backend import KFACReduceGGN
+
+    posterior = Laplace(model, "classification", hessian_structure="kron", backend=KFACReduceGGN)
+    marglik_training(model, loader, backend=KFACReduceGGN)
+
+`KFACExpandGGN` and `KFACReduceGGN` serve every model whose layers this project's engine handles. In
+laplace-torch a Kronecker-factored Hessian is a list in the order of `model.parameters()`: two
+factors for a weight, one dense block for a bias; so weight and bias are separate here. Parameters
+outside K-FAC layers (scales, shifts, bare parameters), which the package's own backends leave out
+or refuse, get the diagonal of their GGN.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from laplace.curvature import GGNInterface
+from laplace.utils import Kron
+from torch import Tensor, nn
+
+from submission.kfac import (
+    Categorical,
+    DiagonalCurvature,
+    Gaussian,
+    KroneckerFactors,
+    Likelihood,
+    UnitwiseCurvature,
+    curvature,
+)
+from submission.kfac.layers import ConvKind, EmbeddingKind
+from submission.kfac.partition import partition, unwrap
+from submission.kfac.statistics import DiagonalPart, KroneckerPart, Part
+
+OTHER_PARAMETERS = ("diagonal", "zero")
+_CHUNK = 16  # examples whose Jacobians are in memory together
+_ANY_SIDE = 1 << 62  # no factor is cut down to its diagonal: laplace-torch needs all of it
+
+
+class KFACGGN(GGNInterface):  # type: ignore[misc]
+    """The GGN by K-FAC; use a subclass, which says which approximation.
+
+    Args:
+        model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y: of laplace-torch.
+        stochastic: sample labels from the model (one pass per sample) instead of the exact GGN (one
+            pass per output).
+        num_samples: of labels, if stochastic.
+        kfac_approx: "expand" or "reduce", in place of the class's.
+        other_parameters: what parameters outside K-FAC layers get: "diagonal", or "zero", which
+            leaves them to the prior.
+        seed: of the sampled labels.
+
+    Raises:
+        ValueError: an argument is none of these.
+    """
+
+    default_approx = ""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str,
+        last_layer: bool = False,
+        subnetwork_indices: Tensor | None = None,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        stochastic: bool = False,
+        num_samples: int = 1,
+        kfac_approx: str | None = None,
+        other_parameters: str = "diagonal",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            model,
+            likelihood,
+            last_layer,
+            subnetwork_indices,
+            dict_key_x,
+            dict_key_y,
+            stochastic,
+            num_samples,
+        )
+        self.kfac_approx = kfac_approx or self.default_approx
+        if self.kfac_approx not in ("expand", "reduce"):
+            raise ValueError(
+                f"kfac_approx must be 'expand' or 'reduce', not {self.kfac_approx!r}: take "
+                "KFACExpandGGN or KFACReduceGGN, or pass it"
+            )
+        if other_parameters not in OTHER_PARAMETERS:
+            raise ValueError(
+                f"other_parameters must be 'diagonal' or 'zero', not {other_parameters!r}"
+            )
+        self.other_parameters = other_parameters
+        self._generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+
+    def kron(self, x: Any, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
+        """Loss and Kronecker factors of one batch, scaled so that the batches of N examples add up.
+
+        Raises:
+            NotImplementedError: a layer's curvature does not fit laplace-torch's two factors.
+        """
+        if kwargs:
+            raise TypeError(f"KFACGGN.kron knows no {', '.join(kwargs)}: pass backend_kwargs")
+        target, inputs = self._target(x)
+        parts = partition(
+            target, approx=self.kfac_approx, joint_bias=False, max_factor_side=_ANY_SIDE
+        ).parts
+        bare = [part for part in parts if isinstance(part, DiagonalPart)]
+        # The engine's exact diagonal takes a pass per example and output; Jacobians are faster.
+        apart = self.other_parameters == "zero" or not (
+            self.stochastic or not isinstance(inputs, Tensor)
+        )
+        hidden = [part.parameter for part in bare] if apart else []
+        with _without_gradients(hidden):
+            blocks, logits = self._blocks(target, inputs, some=len(bare) < len(parts) or not apart)
+        if bare and apart and self.other_parameters == "diagonal":
+            blocks |= self._diagonals(target, inputs, bare, logits)
+        scale = _Scale(float(self._kfac_likelihood.terms(logits)), len(y) / N)
+        factors: dict[int, list[Tensor]] = {}
+        for part in parts:
+            block = blocks.get(part.name)
+            if block is not None and self._counts(part):
+                factors |= _as_factors(part, block, scale)
+        kfacs = [factors.get(id(p)) or _zeros(p) for p in self.params]
+        kron = Kron(
+            [
+                [factor.to(p.dtype) for factor in own]
+                for own, p in zip(kfacs, self.params, strict=True)
+            ]
+        )
+        return self.factor * self._loss(logits, y), kron
+
+    def _counts(self, part: Part) -> bool:
+        return isinstance(part, KroneckerPart) or self.other_parameters == "diagonal"
+
+    @property
+    def _kfac_likelihood(self) -> Likelihood:
+        return Gaussian(variance=1.0) if self.likelihood == "regression" else Categorical()
+
+    def _target(self, x: Any) -> tuple[nn.Module, Any]:
+        """The (unwrapped) module whose curvature is wanted, and its input."""
+        if not self.last_layer:
+            return unwrap(self.model), x
+        with torch.no_grad():
+            features = self.model.forward_with_features(x)[1]
+        return self._model, features
+
+    def _blocks(self, target: nn.Module, inputs: Any, some: bool) -> tuple[dict[str, Any], Tensor]:
+        """The engine's curvature by part, and the logits of its forward pass."""
+        if not some:
+            with torch.no_grad():
+                return {}, target(inputs)
+        seen: list[Tensor] = []
+        handle = target.register_forward_hook(lambda _m, _a, output: seen.append(output.detach()))
+        try:
+            blocks = curvature(
+                target,
+                (inputs,),
+                likelihood=self._kfac_likelihood,
+                kfac_approx=self.kfac_approx,
+                fisher_type="mc" if self.stochastic else "type-2",
+                mc_samples=self.num_samples,
+                joint_bias=False,
+                max_factor_side=_ANY_SIDE,
+                generator=self._generator,
+            )
+        finally:
+            handle.remove()
+        return dict(blocks), seen[-1]
+
+    def _diagonals(
+        self, target: nn.Module, x: Tensor, bare: list[DiagonalPart], logits: Tensor
+    ) -> dict[str, DiagonalCurvature]:
+        """Exact diagonals of the mean GGN of bare parameters, from Jacobians per example."""
+        wanted = {part.name for part in bare}
+        values = {name: p.detach() for name, p in target.named_parameters()}
+        fixed = {name: p for name, p in values.items() if name not in wanted}
+        fixed |= dict(target.named_buffers())
+        free = {name: values[name] for name in wanted}
+
+        def outputs(parameters: dict[str, Tensor], example: Tensor) -> Tensor:
+            state = {**fixed, **parameters}
+            output: Tensor = torch.func.functional_call(target, state, (example.unsqueeze(0),))
+            return output.squeeze(0)
+
+        jacobian = torch.func.vmap(
+            torch.func.jacrev(outputs), (None, 0), chunk_size=_CHUNK, randomness="different"
+        )
+        terms = self._kfac_likelihood.terms(logits)
+        squares = {name: torch.zeros_like(value) for name, value in free.items()}
+        # In slices, so that the Jacobians of a large batch are not all kept.
+        for part, f in zip(torch.split(x, _CHUNK), torch.split(logits, _CHUNK), strict=True):
+            for name, j in jacobian(free, part).items():
+                rows = j.reshape(*f.shape, -1)
+                squares[name] += self._squares(rows, f).reshape(squares[name].shape)
+        return {name: DiagonalCurvature(total / terms) for name, total in squares.items()}
+
+    def _squares(self, jacobian: Tensor, logits: Tensor) -> Tensor:
+        """Σ diag(Jᵀ H J) for J [..., outputs, P] and H the Hessian at the logits: [P]."""
+        if self.likelihood == "regression":
+            return jacobian.square().flatten(0, -2).sum(0)
+        p = logits.softmax(-1).unsqueeze(-1)
+        variance = (p * jacobian.square()).sum(-2) - (p * jacobian).sum(-2).square()
+        return variance.flatten(0, -2).sum(0)
+
+    def _loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        if self.likelihood != "regression":
+            logits, y = logits.flatten(0, -2), y.flatten()
+        loss: Tensor = self.lossfunc(logits, y)
+        return loss.detach()
+
+
+class KFACExpandGGN(KFACGGN):
+    """The GGN by K-FAC-expand."""
+
+    default_approx = "expand"
+
+
+class KFACReduceGGN(KFACGGN):
+    """The GGN by K-FAC-reduce."""
+
+    default_approx = "reduce"
+
+
+class _Scale:
+    """From means over a batch to parts of a sum over the data set.
+
+    Args:
+        terms: of the batch's loss; the gradients' factor is a sum over them.
+        share: of the batch in the data set; the inputs' factor is a mean over all batches.
+    """
+
+    def __init__(self, terms: float, share: float) -> None:
+        self.terms, self.share = terms, share
+
+    def pair(self, summed: Tensor, averaged: Tensor) -> list[Tensor]:
+        return [summed * self.terms, averaged * self.share]
+
+
+def _as_factors(part: Part, block: Any, scale: _Scale) -> dict[int, list[Tensor]]:
+    """id of a parameter -> its factors in laplace-torch's form."""
+    if isinstance(block, KroneckerFactors):
+        assert isinstance(part, KroneckerPart)
+        return _kronecker(part, block, scale)
+    if isinstance(block, UnitwiseCurvature):
+        diagonals = block.blocks.diagonal(dim1=-2, dim2=-1).unbind(-1)
+        return {
+            id(piece.parameter): [torch.diag(diagonal * scale.terms)]
+            for piece, diagonal in zip(part.slices, diagonals, strict=True)
+        }
+    diagonal = block.diagonal
+    if diagonal.dim() > 1:
+        diagonal = diagonal.flatten(1)
+        warnings.warn(
+            f"the diagonal of '{part.name}' {list(block.diagonal.shape)} is replaced by the "
+            "product of its row and column sums: laplace-torch wants two factors for it",
+            stacklevel=4,
+        )
+        total = diagonal.sum().clamp(min=torch.finfo(diagonal.dtype).tiny)
+        rows, columns = torch.diag(diagonal.sum(1)), torch.diag(diagonal.sum(0) / total)
+        return {id(part.slices[0].parameter): scale.pair(rows, columns)}
+    return {id(part.slices[0].parameter): [torch.diag(diagonal * scale.terms)]}
+
+
+def _kronecker(
+    part: KroneckerPart, block: KroneckerFactors, scale: _Scale
+) -> dict[int, list[Tensor]]:
+    a, b = block.input_covariance, block.gradient_covariance
+    if any(piece.is_sliced for piece in part.slices):
+        raise _unsupported(part, "is one of several maps in one parameter")
+    transposed = isinstance(part.kind, ConvKind) and part.module.transposed
+    groups = part.kind.groups(part.module)
+    if groups > 1 or transposed:
+        raise _unsupported(part, "has groups" if groups > 1 else "is a transposed convolution")
+    a = torch.diag_embed(a) if block.diagonal_input else a
+    b = torch.diag_embed(b) if block.diagonal_gradient else b
+    factors = {}
+    if part.has_bias:
+        factors[id(part.slices[1].parameter)] = [b * a[-1, -1] * scale.terms]
+        a = a[:-1, :-1]
+    # An embedding's weight is the transpose of a linear layer's.
+    first, second = (a, b) if isinstance(part.kind, EmbeddingKind) else (b, a)
+    factors[id(part.slices[0].parameter)] = scale.pair(first, second)
+    return factors
+
+
+def _unsupported(part: Part, why: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"layer '{part.name}' {why}: laplace-torch has no place for such factors. Freeze it "
+        "(requires_grad_(False)) or use hessian_structure='diag'"
+    )
+
+
+def _zeros(parameter: Tensor) -> list[Tensor]:
+    if parameter.dim() < 2:
+        return [parameter.new_zeros(parameter.numel(), parameter.numel())]
+    sides = parameter.shape[0], parameter.shape[1:].numel()
+    return [parameter.new_zeros(side, side) for side in sides]
+
+
+@contextmanager
+def _without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Makes the parameters constants inside the block."""
+    chosen = list(parameters)
+    try:
+        for parameter in chosen:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+
+
+def negative_log_likelihood(probabilities: Tensor, classes: Tensor) -> float:
+    """Mean negative log-likelihood of classes [n] under probabilities [n, C]."""
+    return float(F.nll_loss(probabilities.clamp(min=1e-12).log(), classes))
