@@ -25,6 +25,7 @@ usage: ./run.sh [--dry-run] [COMMAND] [ARGUMENTS]
   test          run the test suite
   setup         set up without running anything
   algoperf      train with AlgoPerf's own submission_runner
+  slurm         send the trials of a study to a Slurm cluster, one job each
   compare       compare runs: steps-to-target and time-to-target
   experiments   tables and figures of the paper
   benchmarks    speed and memory
@@ -37,7 +38,8 @@ running them. Needs Linux, Python 3.11 or newer and access to a Python package r
 environment:
   PYTHON                 the Python to set up with (default: the first suitable one on PATH)
   VENV_DIR               where the packages go (default: .venv)
-  NPROC                  number of processes, one per GPU, for `algoperf` (default: 1)
+  NPROC                  number of processes, one per GPU, for `algoperf` and each trial of `slurm`
+                         (default: 1)
   PIP_EXTRA_INDEX_URL    e.g. https://download.pytorch.org/whl/cpu for a CPU-only PyTorch
   WANDB_*                passed on to runs
 END
@@ -157,9 +159,23 @@ setup_quickstart() {
   echo "$want" >"$VENV/.stamp-quickstart"
 }
 
+setup_slurm() {
+  local want
+  setup_quickstart
+  want="$(stamp "$ROOT/requirements/slurm.txt")"
+  [[ "$(cat -- "$VENV/.stamp-slurm" 2>/dev/null)" != "$want" ]] || return 0
+  echo "setting up submitit in $VENV" >&2
+  touch "$VENV/.installing"
+  : >"$LOG"
+  install "$VENV" -r "$ROOT/requirements/slurm.txt"
+  rm -f -- "$VENV/.installing"
+  echo "$want" >"$VENV/.stamp-slurm"
+}
+
 setup_dev() {
   local want
   setup_quickstart
+  setup_slurm
   want="$(stamp "$ROOT/requirements/dev.txt")"
   [[ "$(cat -- "$VENV/.stamp-dev" 2>/dev/null)" != "$want" ]] || return 0
   echo "setting up packages for tests in $VENV" >&2
@@ -280,7 +296,10 @@ END
     run python3 -m venv "$VENV"
     run "$VENV/bin/python" -m pip install -r "$ROOT/requirements/quickstart.txt"
     run "$VENV/bin/python" -m pip install --no-deps -r "$ROOT/requirements/no-deps.txt"
-    if "$dev"; then run "$VENV/bin/python" -m pip install -r "$ROOT/requirements/dev.txt"; fi
+    if "$dev"; then
+      run "$VENV/bin/python" -m pip install -r "$ROOT/requirements/slurm.txt"
+      run "$VENV/bin/python" -m pip install -r "$ROOT/requirements/dev.txt"
+    fi
     run "$VENV/bin/python" -m quickstart.molecules --data_dir="$ROOT/data"
     if "$algoperf"; then
       run git clone --no-checkout -- "$source" "$CACHE/algoperf"
@@ -318,6 +337,24 @@ cmd_algoperf() {
       -m workloads_overrides.launch "$@"
   else
     run exec "$python" -m workloads_overrides.launch "$@"
+  fi
+}
+
+cmd_slurm() {
+  local python="$VENV/bin/python"
+  if asks_help "$@" && [[ ! -x "$python" ]]; then
+    echo "usage: ./run.sh slurm [OPTIONS] -- ARGUMENTS OF ./run.sh algoperf; --help tells more after set-up"
+    return
+  fi
+  cd -- "$ROOT"
+  if "$DRY_RUN" && [[ ! -f "$VENV/.stamp-quickstart" ]]; then
+    run exec "$python" -m workloads_overrides.slurm "$@"
+  elif "$DRY_RUN"; then
+    # The commands of the trials, which are what matters.
+    exec "$python" -m workloads_overrides.slurm --dry-run "$@"
+  else
+    ready slurm
+    exec "$python" -m workloads_overrides.slurm "$@"
   fi
 }
 
@@ -403,7 +440,7 @@ main() {
       return
       ;;
     --*) command=quickstart ;;
-    quickstart | test | setup | algoperf | compare | experiments | benchmarks | docker | package)
+    quickstart | test | setup | algoperf | slurm | compare | experiments | benchmarks | docker | package)
       shift || true
       ;;
     *) die "no command '$command'; ./run.sh --help lists them" ;;

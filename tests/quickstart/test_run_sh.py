@@ -9,7 +9,7 @@ import pytest
 
 from .conftest import REPOSITORY
 
-COMMANDS = ["quickstart", "test", "setup", "docker", "package"]
+COMMANDS = ["quickstart", "test", "setup", "slurm", "docker", "package"]
 ALL = [*COMMANDS, "algoperf", "compare", "experiments", "benchmarks"]
 
 
@@ -59,6 +59,7 @@ def test_help_of_a_command_needs_no_set_up(project: Path, command: str) -> None:
         (["quickstart", "--jobs", "1"], "exec {venv}/bin/python -m quickstart.study --jobs 1"),
         (["test", "-m", "slow"], "exec {venv}/bin/python -m pytest -m slow"),
         (["compare", "a b"], "exec {venv}/bin/python -m steps_to_target a\\ b"),
+        (["slurm", "--", "--x"], "exec {venv}/bin/python -m workloads_overrides.slurm -- --x"),
         (["experiments", "x"], "exec {venv}/bin/python -m experiments x"),
         (["benchmarks"], "exec {venv}/bin/python -m benchmarks"),
         (["docker", "build"], "docker build --tag kfac-algoperf {project}"),
@@ -85,7 +86,7 @@ def test_dry_run_of_algoperf_and_docker(project: Path) -> None:
 def test_dry_run_of_set_up_names_every_step(project: Path) -> None:
     result = run(project, "--dry-run", "setup", "--dev", "--algoperf")
     lines = result.stdout.splitlines()
-    assert len(lines) == 10
+    assert len(lines) == 11
     assert "checkout 2c90454fc05d5bdf3598b0c7651e611f132a7060" in result.stdout
     assert "requirements/dev.txt" in result.stdout
 
@@ -157,7 +158,7 @@ def test_set_up_is_done_once_and_starts_afresh_after_a_failure(project: Path) ->
     assert run(project, "setup", **common).returncode == 0
     assert log.read_text().count("\n") == installed
     assert run(project, "setup", "--dev", **common).returncode == 0
-    assert log.read_text().count("\n") == installed + 1
+    assert log.read_text().count("\n") == installed + 2  # slurm.txt and dev.txt
     with (project / "requirements" / "quickstart.txt").open("a") as file:
         file.write("# changed\n")
     assert run(project, "setup", **common).returncode == 0
