@@ -1,0 +1,276 @@
+"""Numerical faults, met through the public API in the middle of training: it goes on."""
+
+import gc
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import Mean, Pool
+from torch import nn
+
+from submission.kfac import KFAC, KFACConfig, Segments
+
+
+def net(dtype=torch.float64):
+    return nn.Sequential(
+        nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5, bias=False), nn.LayerNorm(5), Mean(),
+        nn.Linear(5, 3),
+    ).to(dtype)  # fmt: skip
+
+
+def config(**options):
+    settings = {"factor_update_steps": 1, "inverse_update_steps": 1, "factor_decay": 0.9}
+    return KFACConfig(**{**settings, "damping": 0.1, **options})
+
+
+def batch(n=7, dtype=torch.float64):
+    return torch.randn(n, 2, 4, dtype=dtype), torch.randint(3, (n,))
+
+
+class Training:
+    """A model, K-FAC in front of SGD, and an optional gradient scaler with autocast."""
+
+    def __init__(self, model, settings=None, autocast=None, scale=None):
+        self.model, self.autocast = model, autocast
+        self.kfac = KFAC(model, settings or config())
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=bool(scale))
+
+    def step(self, x, y, mask=None):
+        self.optimizer.zero_grad()
+        kept = torch.ones(len(y), dtype=torch.bool) if mask is None else mask
+        with torch.autocast("cpu", dtype=self.autocast, enabled=self.autocast is not None):
+            with self.kfac.record():
+                logits = self.model(x)
+            self.kfac.update(logits, "categorical", mask=mask)
+            losses = F.cross_entropy(logits.float(), y, reduction="none")
+            loss = torch.where(kept, losses, 0).sum() / kept.sum().clamp(min=1)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer) if self.scaler.is_enabled() else None
+        finite = all(p.grad.isfinite().all() for p in self.model.parameters())
+        self.kfac.precondition()
+        if finite or self.scaler.is_enabled():  # as a training loop skips a bad step
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        return loss.detach()
+
+    def values(self):
+        return [p.detach().clone() for p in self.model.parameters()]
+
+    def tensors(self):
+        state = self.kfac.state_dict()
+        groups = [*state["averages"].values(), *state["inverses"].values()]
+        return [t for group in groups for t in group.values() if isinstance(t, torch.Tensor)]
+
+    def assert_sound(self):
+        for tensor in [*self.values(), *self.tensors()]:
+            assert tensor.isfinite().all()
+
+
+def faulty_batch(fault):
+    x, y = batch()
+    mask = None
+    if fault == "zero batch":
+        x.zero_()
+    elif fault == "empty mask":
+        mask = torch.zeros(len(y), dtype=torch.bool)
+    else:
+        x[0, 0, 0] = {"NaN": float("nan"), "Inf": float("inf"), "-Inf": float("-inf")}[fault]
+    return x, y, mask
+
+
+@pytest.mark.parametrize("kind", ["both_factors", "pi", "exact"])
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+@pytest.mark.parametrize("fault", ["NaN", "Inf", "-Inf", "zero batch", "empty mask"])
+def test_training_goes_on_after_a_bad_batch(fault, kfac_approx, kind, caplog):
+    training = Training(net(), config(damping_kind=kind, kfac_approx=kfac_approx))
+    for _ in range(3):
+        training.step(*batch())
+    with caplog.at_level(logging.WARNING):
+        training.step(*faulty_batch(fault))
+    training.assert_sound()
+    dropped = 0 if fault == "zero batch" else 1
+    assert training.kfac.failures["statistics"] == dropped
+    assert ("previous ones stay in use" in caplog.text) == bool(dropped)
+    before = training.values()
+    for _ in range(3):
+        training.step(*batch())
+    training.assert_sound()
+    assert not any(torch.equal(a, b) for a, b in zip(before, training.values(), strict=True))
+    assert training.kfac.failures["statistics"] == dropped
+
+
+@pytest.mark.parametrize("fault", ["NaN", "empty mask", "zero batch"])
+def test_a_bad_first_batch_leaves_the_plain_gradient_or_a_finite_one(fault):
+    training = Training(net())
+    training.step(*faulty_batch(fault))
+    training.assert_sound()
+    training.step(*batch())
+    training.assert_sound()
+    assert training.kfac.curvature()
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+def test_a_batch_of_nothing_but_padding_graphs_enters_nothing(kfac_approx):
+    sizes = torch.tensor([3, 2, 4])
+    model = Pool(None, len(sizes), "sum")
+    kfac = KFAC(model, config(kfac_approx=kfac_approx))
+
+    def step(valid, kept):
+        segments = Segments.from_sizes(sizes, int(sizes.sum()), valid)
+        model.ids = torch.repeat_interleave(torch.arange(3), sizes)
+        with kfac.record({"inner": segments}):
+            out = model(torch.randn(int(sizes.sum()), 4))
+        kfac.update(out, "bernoulli", mask=kept)
+        model.zero_grad()
+        (out.square() * kept).sum().backward()
+        kfac.precondition()
+
+    some = torch.tensor([True, True, False])
+    step(some, some[:, None].expand(3, 2))
+    before = {n: dict(s) for n, s in kfac.state_dict()["averages"].items()}
+    before = {n: {k: v.clone() for k, v in s.items()} for n, s in before.items()}
+    none = torch.zeros(3, dtype=torch.bool)
+    step(none, none[:, None].expand(3, 2))
+    assert kfac.failures["statistics"] == 1
+    for name, sums in kfac.state_dict()["averages"].items():
+        for key, value in sums.items():
+            assert torch.equal(value, before[name][key])
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["both_factors", "pi", "exact"])
+def test_a_dead_layer_and_its_awakening(kind):
+    model = net()
+    nn.init.zeros_(model[5].weight)
+    training = Training(model, config(damping_kind=kind))
+    training.step(*batch())
+    dead = training.kfac.curvature()["0"].gradient_covariance
+    assert not dead.any()
+    training.assert_sound()
+    for _ in range(5):
+        training.step(*batch())
+        training.assert_sound()
+    assert training.kfac.curvature()["0"].gradient_covariance.any()
+    assert training.kfac.failures == dict.fromkeys(training.kfac.failures, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["both_factors", "pi", "exact"])
+@pytest.mark.parametrize("form", ["singular", "condition 1e12"])
+def test_degenerate_factors(form, kind, dtype):
+    training = Training(net(dtype), config(damping_kind=kind, damping=1e-8))
+    for _ in range(4):
+        x, y = batch(dtype=dtype)
+        if form == "singular":
+            x[..., 1:] = x[..., :1]
+        else:
+            x[..., 0] *= 1e6
+        training.step(x, y)
+        assert all(tensor.isfinite().all() for tensor in training.tensors())
+        gradients = [p.grad for p in training.model.parameters()]
+        assert all(gradient.isfinite().all() for gradient in gradients)
+    assert training.kfac.failures["inverse"] == 0
+
+
+# ---- half precision ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+def test_training_under_autocast(autocast):
+    torch.set_default_dtype(torch.float32)
+    training = Training(net(torch.float32), autocast=autocast, scale=2.0**8)
+    x, y = batch(64, torch.float32)
+    losses = [float(training.step(x, y)) for _ in range(40)]
+    training.assert_sound()
+    assert losses[-1] < 0.95 * losses[0]
+    assert all(tensor.dtype != autocast for tensor in training.tensors())
+    assert training.kfac.failures == dict.fromkeys(training.kfac.failures, 0)
+
+
+def test_an_overflow_of_the_scaled_gradient_skips_the_step_and_shrinks_the_scale():
+    torch.set_default_dtype(torch.float32)
+    training = Training(net(torch.float32), autocast=torch.float16, scale=2.0**30)
+    x, y = batch(dtype=torch.float32)
+    before = training.values()
+    training.step(x, y)
+    assert training.scaler.get_scale() == 2.0**29
+    assert all(torch.equal(a, b) for a, b in zip(before, training.values(), strict=True))
+    training.assert_sound()
+    for _ in range(30):
+        training.step(x, y)
+    training.assert_sound()
+    assert training.scaler.get_scale() < 2.0**29
+    assert not any(torch.equal(a, b) for a, b in zip(before, training.values(), strict=True))
+    assert training.kfac.failures["statistics"] == 0
+
+
+def test_an_overflow_in_the_forward_pass_drops_its_statistics():
+    torch.set_default_dtype(torch.float32)
+    training = Training(net(torch.float32), autocast=torch.float16, scale=2.0**8)
+    training.step(*batch(dtype=torch.float32))
+    before = training.values()
+    x, y = batch(dtype=torch.float32)
+    training.step(x * 1e6, y)  # beyond float16
+    assert training.kfac.failures["statistics"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, training.values(), strict=True))
+    training.step(x, y)
+    training.assert_sound()
+
+
+# ---- memory, compiled modules ------------------------------------------------------------------
+
+
+def live_tensors():
+    gc.collect()
+    found = [o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter)]
+    return len(found), sum(t.numel() for t in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_memory_is_flat_over_2000_steps(decay, monkeypatch):
+    # pytest keeps every record that is logged.
+    monkeypatch.setattr(logging.getLogger("submission.kfac.preconditioner"), "disabled", True)
+    training = Training(net(), config(factor_decay=decay))
+    for _ in range(20):
+        training.step(*batch())
+    before, objects = live_tensors(), len(gc.get_objects())
+    for t in range(2000):
+        training.step(*(faulty_batch("NaN") if t % 7 == 0 else batch()))
+    assert live_tensors() == before
+    assert len(gc.get_objects()) < objects + 50
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_like_the_plain_one_and_compiles_once():
+    from torch._dynamo.utils import counters
+
+    plain = Training(net(), config(factor_update_steps=3, inverse_update_steps=3))
+    model = net()
+    model.load_state_dict(plain.model.state_dict())
+    compiled = torch.compile(model, backend="aot_eager")
+    kfac = KFAC(compiled, plain.kfac.config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    counters.clear()
+    torch._dynamo.reset()
+    frames = []
+    for _ in range(12):
+        x, y = batch()
+        optimizer.zero_grad()
+        if kfac.factors_due:
+            with kfac.record():
+                logits = model(x)
+            kfac.update(logits, "categorical")
+        else:
+            logits = compiled(x)
+        F.cross_entropy(logits.float(), y).backward()
+        kfac.precondition()
+        optimizer.step()
+        plain.step(x, y)
+        frames.append(counters["frames"]["ok"])
+    assert frames[-1] == max(frames) >= 1
+    assert frames[-1] == next(f for f in frames if f)  # not one more after the first
+    for p, q in zip(model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
