@@ -176,7 +176,7 @@ def run(plan: Plan) -> None:
     if plan.on_cpu:
         cpu.apply_all(cpu.algoperf_replacements(data_utils))
     trials = runner_flags.trial_folders(plan.flags)
-    search.register_search(halton, trials)
+    search.register_search(halton, trials, Path(str(plan.flags.value("submission_path"))))
     registration.register_properties(registry, plan.overrides)
     if plan.batch_size is not None:
         registration.register_batch_size(runner, registry, plan.batch_size)

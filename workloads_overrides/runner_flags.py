@@ -6,11 +6,13 @@ the terminal. Here the same mistakes cost one line.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from workloads_overrides.errors import LaunchError
+from workloads_overrides.points import require_valid_points
 
 REQUIRED = ("workload", "data_dir", "experiment_name")
 DEFAULTS = {
@@ -90,8 +92,10 @@ def complete(argv: Sequence[str], working_directory: Path) -> RunnerFlags:
         flags = flags.with_default(name, value)
     if flags.value("tuning_ruleset") != "self":
         flags = flags.with_default("tuning_search_space", DEFAULT_SEARCH_SPACE)
-        _check_search_space(Path(str(flags.value("tuning_search_space"))))
     flags = _with_module_path(flags, working_directory)
+    if flags.value("tuning_ruleset") != "self":
+        submission = working_directory / str(flags.value("submission_path"))
+        _check_search_space(Path(str(flags.value("tuning_search_space"))), submission)
     data_dir = Path(str(flags.value("data_dir"))).expanduser()
     if not data_dir.is_dir():
         raise LaunchError(f"--data_dir={data_dir}: no such folder; give the data set's folder")
@@ -149,14 +153,42 @@ def _with_module_path(flags: RunnerFlags, working_directory: Path) -> RunnerFlag
     return flags.replaced("submission_path", relative.as_posix())
 
 
-def _check_search_space(path: Path) -> None:
+def _check_search_space(path: Path, submission: Path) -> None:
+    source = f"--tuning_search_space={path}"
     try:
         space = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise LaunchError(f"--tuning_search_space={path}: {error.strerror}") from None
-    except ValueError as error:
-        raise LaunchError(f"--tuning_search_space={path}: not JSON ({error})") from None
+        raise LaunchError(f"{source}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise LaunchError(f"{source}: not JSON ({error})") from None
     if not isinstance(space, dict | list) or not space:
-        raise LaunchError(
-            f"--tuning_search_space={path}: must hold a non-empty JSON object or list of objects"
-        )
+        raise LaunchError(f"{source}: must hold a non-empty JSON object or list of objects")
+    if isinstance(space, dict):
+        for name, values in space.items():
+            _check_range(source, name, values)
+        return
+    if not all(isinstance(point, dict) and point for point in space):
+        raise LaunchError(f"{source}: every point must be a JSON object of hyperparameters")
+    for number, point in enumerate(space, start=1):
+        differing = sorted(point.keys() ^ space[0].keys())
+        if differing:
+            raise LaunchError(f"{source}: point {number} and point 1 differ in {differing[0]!r}")
+    require_valid_points(space, submission, source)
+
+
+def _check_range(source: str, name: str, values: object) -> None:
+    """What AlgoPerf can draw from: feasible points, or an interval with a scaling."""
+    match values:
+        case {"feasible_points": [_, *_]}:
+            return
+        case {"min": int() | float() as low, "max": int() | float() as high, "scaling": scaling}:
+            if (
+                math.isfinite(high - low)
+                and low <= high
+                and (scaling == "linear" or (scaling == "log" and low > 0))
+            ):
+                return
+    raise LaunchError(
+        f'{source}: {name!r} needs {{"feasible_points": [...]}} or {{"min": ..., "max": ..., '
+        '"scaling": "linear" or "log"}, with min <= max, and above 0 for "log"'
+    )

@@ -14,16 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from workloads_overrides.errors import LaunchError
+from workloads_overrides.points import require_valid_points
 
 SEED = 0
 
 
-def register_search(halton: Any, trials: Path | None) -> None:
+def register_search(halton: Any, trials: Path | None, submission: Path | None = None) -> None:
     """Makes `halton.generate_search` reproducible, and checks its points against earlier runs.
 
     Args:
         halton: AlgoPerf's module `algoperf.halton`.
         trials: The folder that holds `trial_*`, None if it is a new one.
+        submission: The submission's file, None to leave the points unchecked.
     """
     original = halton.generate_search
 
@@ -34,8 +36,11 @@ def register_search(halton: Any, trials: Path | None) -> None:
             points = original(search_space, num_trials)
         finally:
             random.setstate(state)
+        drawn = [dict(point._asdict()) for point in points]
+        if submission is not None:
+            require_valid_points(drawn, submission, "--tuning_search_space")
         if trials is not None:
-            require_same_points([dict(point._asdict()) for point in points], trials)
+            require_same_points(drawn, trials)
         return points
 
     halton.generate_search = generate_search
