@@ -17,7 +17,15 @@ from pathlib import Path
 
 import torch
 
-from workloads_overrides import cpu, installation, outcome, registration, runner_flags, search
+from workloads_overrides import (
+    cpu,
+    installation,
+    outcome,
+    registration,
+    runner_flags,
+    saved,
+    search,
+)
 from workloads_overrides.budgets import paper_budget
 from workloads_overrides.errors import LaunchError
 from workloads_overrides.miniature.manifest import read_properties
@@ -176,6 +184,9 @@ def run(plan: Plan) -> None:
     if plan.on_cpu:
         cpu.apply_all(cpu.algoperf_replacements(data_utils))
     trials = runner_flags.trial_folders(plan.flags)
+    if trials is not None and plan.flags.is_on("resume_last_run") and _is_first_process():
+        for note in saved.set_damaged_aside(trials):
+            print(f"note: {note}", file=sys.stderr)
     search.register_search(halton, trials, Path(str(plan.flags.value("submission_path"))))
     registration.register_properties(registry, plan.overrides)
     if plan.batch_size is not None:
