@@ -1,7 +1,7 @@
 """Hooks that follow one forward pass and the Fisher passes through its graph.
 
 Hooks exist only inside `Recording` (the steps that need factors). A forward hook hands a layer's
-input to its collector, so that nothing has to be kept for A, and puts an identity (`_Tap`) behind
+input to its collector, so that nothing has to be kept for A, and puts an identity (`Tap`) behind
 the layer's output. Would-be gradients are then propagated to the layer *outputs* only: no
 gradient of a weight is computed, `.grad` is untouched, DDP's reducer does not fire; the tap hands
 each output's gradient to the collector and lets it go.
@@ -9,20 +9,33 @@ each output's gradient to the collector and lets it go.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import difflib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from .eigenvalue_correction import is_correctable
 from .fused import fused_of
+from .graph import GraphError, Tap, earliest, gradients, is_differentiated
 from .parameters import LinearView
-from .sharing import Positions, Sharing, SharingError, SharingRule, resolve
+from .passes import FisherPass, one_example_at_a_time
+from .sharing import (
+    Positions,
+    Sharing,
+    SharingError,
+    SharingRule,
+    resolve,
+    unknown_names,
+)
 from .statistics import (
     Collector,
     DiagonalPart,
@@ -39,27 +52,6 @@ from .statistics import (
 from .tied import TiedCollector
 
 
-class _Tap(torch.autograd.Function):
-    """Identity whose backward pass shows the gradient to a callback.
-
-    The output shares the input's memory but is no view of it, so that modules after it may work
-    in place (views of custom functions may not; the layers tapped here do not need their output
-    for their own backward pass).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, callback: Callable[[Tensor], None]) -> Tensor:
-        ctx.callback = callback
-        alias = x.new_empty(0)
-        alias.set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
-        return alias
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        ctx.callback(grads[0])
-        return grads[0], None
-
-
 class Recording:
     """One recorded forward pass of a model, and its Fisher passes.
 
@@ -73,6 +65,14 @@ class Recording:
         ragged_scaling: see `factors.RAGGED_SCALINGS`.
         low_rank: keep factors that are sums over few rows as these rows.
         keep_rows: also keep all rows (see `row_pairs`), for the eigenvalue correction.
+        watched: parts of which only the calls are counted.
+        examples_share: this share of the examples, the first, enters the factors of linear layers
+            (not norms), where the first dimension counts the examples; see `out_of_memory`.
+
+    Attributes:
+        sums: part name -> sums.
+        out_of_memory: what was being done when memory ran out, in words; None if it did not. The
+            sums are of no use then.
     """
 
     def __init__(
@@ -83,8 +83,11 @@ class Recording:
         ragged_scaling: str = "sqrt",
         low_rank: bool = False,
         keep_rows: bool = False,
+        watched: Iterable[Part] = (),
+        examples_share: float = 1.0,
     ) -> None:
         self.sums: dict[str, Sums] = {}
+        self.out_of_memory: str | None = None
         self._sharing = sharing
         self._collectors: dict[str, Collector] = {}
         self._diagonals: list[DiagonalPart] = []
@@ -94,6 +97,10 @@ class Recording:
         self._model = model
         self._unrolled: list[nn.Module] = []
         self._listening = False
+        self._heard = False
+        self._examples_share = examples_share
+        self._watched = [p for p in watched if isinstance(p, KroneckerPart | UnitwisePart)]
+        self._watched_calls = {part.name: 0 for part in self._watched}
         for part in parts:
             if isinstance(part, DiagonalPart):
                 self._diagonals.append(part)
@@ -108,8 +115,17 @@ class Recording:
         for part, collector in self._modules:
             for module, own in collector.hooked():
                 if not isinstance(module, LinearView):
-                    hook = self._forward_hook(part, own)
-                    self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+                    # First of all hooks: others may change the output.
+                    self._handles.append(
+                        module.register_forward_hook(
+                            self._forward_hook(part, own), with_kwargs=True, prepend=True
+                        )
+                    )
+        for part in self._watched:
+            for module in hooked_modules(part):
+                if not isinstance(module, LinearView):
+                    hook = partial(self._count_call, part.name)
+                    self._handles.append(module.register_forward_hook(hook))
         for name, module in self._model.named_modules():
             fused = fused_of(module)
             if fused is not None:
@@ -132,21 +148,33 @@ class Recording:
             del module.__dict__["forward"]
         self._unrolled.clear()
         if exc_type is None:
-            for collector in self._collectors.values():
-                collector.end_forward()
+            with self._memory_watched("the statistics of the inputs"), torch.no_grad():
+                for collector in self._collectors.values():
+                    collector.end_forward()
         else:
             self.release()
 
     @property
-    def calls(self) -> Mapping[str, int]:
-        """Module name -> how often it was called in the forward pass."""
-        return {name: collector.calls for name, collector in self._collectors.items()}
+    def names(self) -> list[str]:
+        """Names that a mapping of `sharing` may use: of layers, and of all modules."""
+        modules = (name for name, _ in self._model.named_modules())
+        return list(dict.fromkeys([*self.calls, *modules]))
 
-    def replace_uncalled(self, parts: Iterable[Part]) -> None:
-        """Drops modules that were not called; takes their parameters, in `parts`, instead."""
-        for name, collector in list(self._collectors.items()):
-            if not collector.calls:
-                del self._collectors[name], self.sums[name]
+    @property
+    def calls(self) -> Mapping[str, int]:
+        """Part name -> how often its module was called in the forward pass."""
+        collected = {name: collector.calls for name, collector in self._collectors.items()}
+        return {**collected, **self._watched_calls}
+
+    def _count_call(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        self._watched_calls[name] += int(is_differentiated(output))
+
+    def replace(self, parts: Iterable[Part]) -> None:
+        """Goes on with other parts: drops modules that are not in it, adds its parameters."""
+        parts = list(parts)
+        kept = {part.name for part in parts}
+        for name in set(self._collectors) - kept:
+            del self._collectors[name], self.sums[name]
         for part in parts:
             if isinstance(part, DiagonalPart) and part.name not in self.sums:
                 self._diagonals.append(part)
@@ -170,12 +198,13 @@ class Recording:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
         ) -> Tensor | None:
-            if not (
-                torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad
-            ):
+            if not is_differentiated(output):
                 return None
             x = args[0] if args else kwargs["input"]
-            return self._tap(part.name, collector, x, output)
+            called: Any = module
+            if isinstance(part, KroneckerPart) and module is part.module:
+                called = part.kind.as_called(module, x, output)
+            return self._tap(part.name, collector, x, output, called)
 
         return hook
 
@@ -183,11 +212,14 @@ class Recording:
         self, prefix: str, which: str, x: Tensor, y: Tensor, mask: Tensor | None, batch_dim: int
     ) -> Tensor:
         """What a fused module's `forward` calls for each of its linear maps."""
-        collector = self._collectors.get(prefix + which)
-        if collector is None or not (torch.is_grad_enabled() and y.requires_grad):
+        name = prefix + which
+        collector = self._collectors.get(name)
+        if name in self._watched_calls:
+            self._watched_calls[name] += int(is_differentiated(y))
+        if collector is None or not is_differentiated(y):
             return y
         known = None if mask is None else Positions(mask=mask)
-        return self._tap(prefix + which, collector, x, y, known, batch_dim)
+        return self._tap(name, collector, x, y, collector.part.module, known, batch_dim)
 
     def _tap(
         self,
@@ -195,87 +227,111 @@ class Recording:
         collector: Collector,
         x: Tensor,
         y: Tensor,
+        module: Any,
         known: Sharing | None = None,
         batch_dim: int = 0,
     ) -> Tensor:
         """Takes the input x of a call and puts a tap behind its output y.
 
-        `known` is the sharing where the caller knows it; `batch_dim` counts the examples in x, y.
+        `module` is as the call saw it; `known` is the sharing where the caller knows it;
+        `batch_dim` counts the examples in x and y.
         """
-        with torch.no_grad():
-            x = x.detach().movedim(batch_dim, 0)
+        self._edges.append(get_gradient_edge(y))
+        if self.out_of_memory is not None:
+            return y
+        x = x.detach().movedim(batch_dim, 0)
+        share = self._examples_share if isinstance(collector.part, KroneckerPart) else 1.0
+        doing = f"the statistics of layer '{name}' (input {list(x.shape)})"
+        with self._memory_watched(doing), torch.no_grad():
             try:
-                collector.forward(x, known or resolve(self._sharing, name, len(x)))
+                sharing = known or resolve(self._sharing, name, len(x))
+                sharing, used, scale = first_examples(sharing, len(x), share)
+                collector.forward(x[:used], sharing, module)
             except SharingError as error:
                 raise SharingError(f"layer '{name}': {error}") from None
         call = collector.calls - 1
-        self._edges.append(get_gradient_edge(y))
 
         def callback(g: Tensor) -> None:
-            if self._listening:
-                with torch.no_grad():
-                    collector.gradient(call, g.detach().movedim(batch_dim, 0))
+            self._heard = True
+            if not self._listening or self.out_of_memory is not None:
+                return
+            g = g.detach().movedim(batch_dim, 0)
+            doing = f"the statistics of layer '{name}' (gradient {list(g.shape)})"
+            with self._memory_watched(doing), torch.no_grad():
+                collector.gradient(call, g if scale == 1 else g[:used] * scale)
 
-        tapped: Tensor = _Tap.apply(y, callback)  # type: ignore[no-untyped-call]
+        tapped: Tensor = Tap.apply(y, callback)  # type: ignore[no-untyped-call]
         return tapped
 
-    def fisher_pass(self, logits: Tensor, vector: Tensor, *, zero_mean: bool) -> None:
-        """Propagates would-be gradients (shape of the logits) and adds their statistics.
+    @contextmanager
+    def _memory_watched(self, doing: str) -> Iterator[None]:
+        """When memory runs out inside, lets go of everything that was collected and goes on."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            self.out_of_memory = doing
+            self.sums.clear()
+            self._collectors.clear()
 
-        The graph is kept, since the ordinary backward pass comes after.
+    def fisher_pass(self, logits: Tensor, which: FisherPass) -> None:
+        """Propagates would-be gradients and adds their statistics.
+
+        The graph is kept, since the ordinary backward pass comes after. Parameters that are in no
+        layer come along where the square of their summed gradient is right: in the gradients of
+        one example, and on average where those of different examples are independent with mean
+        zero. Otherwise they take one pass for each example.
 
         Args:
             logits: the model's output, attached to the graph.
-            vector: would-be gradients of all examples.
-            zero_mean: whether the vectors of different examples are independent with mean zero
-                (sampled labels). Then the square of a summed parameter gradient has the sum of
-                the examples' squares as its mean, and one pass serves the parameters that are in
-                no layer as well; otherwise these take one pass for each example.
+            which: the would-be gradients.
         """
+        come_along = which.zero_mean or which.single
         if self._edges:
-            parameters = [part.parameter for part in self._diagonals] if zero_mean else []
-            self._propagate(logits, vector, parameters)
-        if self._diagonals and not (zero_mean and self._edges):
-            for example in range(logits.shape[0]):
-                alone = torch.zeros_like(vector)
-                alone[example] = vector[example]
+            parameters = [part.parameter for part in self._diagonals] if come_along else []
+            self._propagate(logits, which, parameters)
+        if self.out_of_memory is None and self._diagonals and not (come_along and self._edges):
+            for alone in one_example_at_a_time(which.vector):
                 self._square_gradients(logits, alone)
 
-    def _propagate(self, logits: Tensor, vector: Tensor, parameters: list[nn.Parameter]) -> None:
+    def _propagate(self, logits: Tensor, which: FisherPass, parameters: list[nn.Parameter]) -> None:
         edges: list[Any] = list(earliest(self._edges))
-        self._listening = True
+        grads: Sequence[Tensor | None] = []
+        self._listening, self._heard = True, False
         try:
-            grads = _grad(logits, [*edges, *parameters], vector)
+            with self._memory_watched(f"the Fisher pass (outputs {list(logits.shape)})"):
+                grads = gradients(logits, [*edges, *parameters], which.vector)
         finally:
             self._listening = False
-        with torch.no_grad():
+        if self.out_of_memory is not None:
+            return
+        if not self._heard:
+            raise GraphError(
+                "no recorded layer is in the graph of the logits: they belong to another forward "
+                "pass than the last one inside record(), or were computed from detached outputs"
+            )
+        with self._memory_watched("the statistics of the gradients"), torch.no_grad():
             for collector in self._collectors.values():
-                collector.end_pass()
+                collector.end_pass(which.single)
             if parameters:
                 self._add_squares(grads[len(edges) :])
 
     def _square_gradients(self, logits: Tensor, vector: Tensor) -> None:
-        with torch.no_grad():
-            self._add_squares(_grad(logits, [part.parameter for part in self._diagonals], vector))
+        parameters = [part.parameter for part in self._diagonals]
+        with self._memory_watched("the squares of parameter gradients"), torch.no_grad():
+            self._add_squares(gradients(logits, parameters, vector))
 
     def _add_squares(self, grads: Sequence[Tensor | None]) -> None:
         for part, grad in zip(self._diagonals, grads, strict=True):
             if grad is not None:
                 total = self.sums[part.name]["F"]
                 total += grad.to(total.dtype).square()
+                self.sums[part.name]["count"] += 1
 
     def release(self) -> None:
         """Lets go of the graph and of all tensors but the sums."""
         self._edges.clear()
         self._collectors.clear()
         self._modules.clear()
-
-
-def _grad(logits: Tensor, inputs: list[Any], vector: Tensor) -> Sequence[Tensor | None]:
-    grads: Sequence[Tensor | None] = torch.autograd.grad(
-        logits, inputs, vector.to(logits.dtype), retain_graph=True, allow_unused=True
-    )
-    return grads
 
 
 def make_collector(
@@ -291,30 +347,35 @@ def make_collector(
     return ReduceCollector(part, ragged_scaling, low_rank, keep_rows and is_correctable(part))
 
 
-def earliest(edges: list[GradientEdge]) -> list[GradientEdge]:
-    """Those edges from which no other one can be reached (towards the inputs of the graph).
+def check_names(rule: SharingRule, recording: Recording) -> None:
+    """Whether all names of a mapping are those of layers.
 
-    Asking autograd for these alone makes it visit all others on the way, without keeping what
-    flows through them.
+    Raises:
+        SharingError: one is not.
     """
-    targets = {edge.node for edge in edges}
-    reaches: dict[Node, bool] = {}  # node -> whether a target lies strictly below it
-    for edge in edges:
-        stack = [edge.node]
-        while stack:
-            node = stack[-1]
-            if node in reaches:
-                stack.pop()
-                continue
-            children = [child for child, _ in node.next_functions if child is not None]
-            pending = [child for child in children if child not in reaches]
-            if pending:
-                stack.extend(pending)
-                continue
-            reaches[node] = any(child in targets or reaches[child] for child in children)
-            stack.pop()
-    unique: dict[tuple[Node, int], GradientEdge] = {}
-    for edge in edges:
-        if not reaches[edge.node]:
-            unique[(edge.node, edge.output_nr)] = edge
-    return list(unique.values())
+    names = recording.names
+    for name in unknown_names(rule, names):
+        near = difflib.get_close_matches(name, names, n=3) or names[:5]
+        raise SharingError(
+            f"sharing names '{name}', which is no layer of the model (nor the beginning of the "
+            f"name of one, up to a dot); there are {', '.join(near)}, ..."
+        )
+
+
+def hooked_modules(part: KroneckerPart | UnitwisePart) -> list[nn.Module]:
+    """The modules whose calls count as calls of a part."""
+    return [part.module, *getattr(part, "also", ())]
+
+
+def first_examples(sharing: Sharing, total: int, share: float) -> tuple[Sharing, int, float]:
+    """Restricts a call to a share of its examples, where their number is the first dimension's.
+
+    Returns:
+        (the sharing of these, how many, what gradients are multiplied by: √(total / how many)).
+    """
+    if share >= 1 or not isinstance(sharing, Positions) or sharing.batch_dim or total < 2:
+        return sharing, total, 1.0
+    used = max(1, int(total * share))
+    if sharing.mask is not None:
+        sharing = replace(sharing, mask=sharing.mask[:used])
+    return sharing, used, math.sqrt(total / used)

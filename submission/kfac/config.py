@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from .damping import DAMPING_KINDS
 from .factors import RAGGED_SCALINGS
+from .placements import PLACEMENTS
 
 KFAC_APPROXES = ("expand", "reduce", "auto")
 FISHER_TYPES = ("mc", "type-2", "empirical")
@@ -35,8 +36,10 @@ class KFACConfig:
         joint_bias: treat weight and bias as one matrix; otherwise as two blocks.
         ragged_scaling: see `factors.RAGGED_SCALINGS`.
         max_factor_side: larger sides keep only the diagonal of their factor.
+        exclude: names of modules whose layers (and those inside them) are not K-FAC layers.
         fallback: what trains parameters outside K-FAC layers: "diagonal" (their own curvature:
             unit-wise for normalisation layers, diagonal for others) or "gradient" (as it is).
+        inverse_placement: with several ranks, see `placements.PLACEMENTS`.
         max_failures: so many updates in a row may fail (non-finite or empty batches,
             factorisations that do not succeed) before training ends with an error.
         seed: of the label sampling.
@@ -56,7 +59,9 @@ class KFACConfig:
     joint_bias: bool = True
     ragged_scaling: str = "sqrt"
     max_factor_side: int = 8192
+    exclude: tuple[str, ...] = ()
     fallback: str = "diagonal"
+    inverse_placement: str = "exchanged"
     max_failures: int = 100
     seed: int = 0
 
@@ -66,6 +71,14 @@ class KFACConfig:
         _check_choice("damping_kind", self.damping_kind, tuple(DAMPING_KINDS))
         _check_choice("ragged_scaling", self.ragged_scaling, tuple(RAGGED_SCALINGS))
         _check_choice("fallback", self.fallback, FALLBACKS)
+        _check_choice("inverse_placement", self.inverse_placement, tuple(PLACEMENTS))
+        if isinstance(self.exclude, str):
+            raise ValueError(f"exclude must be a tuple of names, not the string {self.exclude!r}")
+        if self.eigenvalue_correction and self.inverse_placement == "one_rank":
+            raise ValueError(
+                "eigenvalue_correction needs the eigenvectors on every rank: inverse_placement "
+                "must be 'every_rank' or 'exchanged'"
+            )
         for name in ("mc_samples", "factor_update_steps", "inverse_update_steps", "max_failures"):
             _check_positive_integer(name, getattr(self, name))
         _check_positive_integer("max_factor_side", self.max_factor_side)

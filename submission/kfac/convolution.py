@@ -9,6 +9,7 @@ A patch is a row of C_in / groups · prod(kernel) entries in the order of the we
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -95,6 +96,28 @@ def geometry_of(module: Any) -> tuple[DimensionGeometry, ...]:
     )
 
 
+def as_called(module: Any, x: Tensor, y: Tensor) -> Any:
+    """The module with the output padding of the call that turned x into y.
+
+    A transposed convolution takes it from the `output_size` of the call where one is given, in
+    place of its own; everything else is returned as it is.
+    """
+    if not module.transposed:
+        return module
+    used = tuple(
+        size
+        - DimensionGeometry(g.kernel, g.stride, g.dilation, (g.padding[0], 0), g.mode).output_size(
+            before
+        )
+        for size, before, g in zip(y.shape[2:], x.shape[2:], geometry_of(module), strict=True)
+    )
+    if used == tuple(module.output_padding):
+        return module
+    called = copy.copy(module)  # shares the parameters
+    called.output_padding = used
+    return called
+
+
 def output_positions(geometry: tuple[DimensionGeometry, ...], spatial: torch.Size) -> int:
     """R, the number of shared positions of an input of this spatial size."""
     return math.prod(g.output_size(s) for g, s in zip(geometry, spatial, strict=True))
@@ -145,8 +168,9 @@ def patch_sum(x: Tensor, geometry: tuple[DimensionGeometry, ...], groups: int) -
     Offset k's sum over the outputs is a weighted sum of the inputs that it reads; the weights are
     the product over dimensions of `read_counts`, so one small matrix product per dimension does it.
     """
-    n = x.shape[0]
+    n, channels = x.shape[0], x.shape[1] // groups
     for i in reversed(range(len(geometry))):
         counts = read_counts(geometry[i], x.shape[2 + i]).to(x)
         x = (x.movedim(2 + i, -1) @ counts.mT).movedim(-1, 2 + i)
-    return x.reshape(n, groups, -1).movedim(1, 0)
+    side = channels * math.prod(g.kernel for g in geometry)
+    return x.reshape(n, groups, side).movedim(1, 0)

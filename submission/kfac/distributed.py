@@ -1,10 +1,19 @@
-"""Sums over the ranks of a process group."""
+"""Collectives of a process group: sums over ranks, and results that one rank has for all.
+
+Everything is packed into one flat buffer per call and dtype. Without torch.distributed every
+function here does nothing.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+PACKED_ROWS = 128  # rows of a symmetric matrix that are packed at a time
 
 
 def world_size() -> int:
@@ -21,15 +30,97 @@ def _in_use() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def all_reduce_sums(tensors: list[Tensor]) -> None:
+class Reduction:
+    """The sum over ranks of many tensors, under way in the background.
+
+    Of symmetric matrices [..., d, d] little more than a triangle is sent. The tensors have their
+    sums after `wait`; they must not be used before.
+
+    Args:
+        tensors: the same shapes in the same order on every rank.
+        symmetric: whether each is a batch of symmetric matrices.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], symmetric: Sequence[bool]) -> None:
+        self._groups: list[tuple[list[tuple[Tensor, bool]], Tensor, Any]] = []
+        if world_size() == 1:
+            return
+        marked = list(zip(tensors, symmetric, strict=True))
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            group = [(tensor, mark) for tensor, mark in marked if tensor.dtype == dtype]
+            pieces = [p for tensor, mark in group for p in _pieces(tensor, mark)]
+            flat = torch.cat([piece.reshape(-1) for piece in pieces])
+            self._groups.append((group, flat, dist.all_reduce(flat, async_op=True)))
+
+    def wait(self) -> None:
+        """Waits for the sums and puts them into the tensors."""
+        for group, flat, work in self._groups:
+            work.wait()
+            start = 0
+            for tensor, mark in group:
+                for piece in _pieces(tensor, mark):
+                    piece.copy_(flat[start : start + piece.numel()].view_as(piece))
+                    start += piece.numel()
+                if mark:
+                    _mirror(tensor)
+        self._groups.clear()
+
+
+def all_reduce_sums(tensors: Sequence[Tensor]) -> None:
     """Replaces each tensor by its sum over all ranks, in place; one collective per dtype."""
+    Reduction(tensors, [False] * len(tensors)).wait()
+
+
+def _pieces(tensor: Tensor, symmetric: bool) -> list[Tensor]:
+    """Views that together hold everything: the tensor, or blocks of rows right of the diagonal."""
+    if not symmetric:
+        return [tensor]
+    side = tensor.shape[-1]
+    return [tensor[..., i : i + PACKED_ROWS, i:] for i in range(0, side, PACKED_ROWS)]
+
+
+def _mirror(tensor: Tensor) -> None:
+    """Fills what is below the diagonal blocks from what is right of them."""
+    for i in range(0, tensor.shape[-1], PACKED_ROWS):
+        end = i + PACKED_ROWS
+        tensor[..., end:, i:end] = tensor[..., i:end, end:].mT
+
+
+def broadcast_all(tensors: Sequence[Sequence[Tensor]]) -> None:
+    """Fills tensors[r], on every rank, with those that rank r has; one collective for each rank.
+
+    Args:
+        tensors: for each rank its tensors, of one dtype; on other ranks their contents are
+            overwritten.
+    """
     if world_size() == 1:
         return
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        group = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = torch.cat([tensor.reshape(-1) for tensor in group])
-        dist.all_reduce(flat)
+    flats = [torch.cat([tensor.reshape(-1) for tensor in own]) if own else None for own in tensors]
+    works = [
+        dist.broadcast(flat, src=source, async_op=True)
+        for source, flat in enumerate(flats)
+        if flat is not None
+    ]
+    for work in works:
+        work.wait()
+    for source, (own, flat) in enumerate(zip(tensors, flats, strict=True)):
+        if flat is None or source == rank():
+            continue
         start = 0
-        for tensor in group:
+        for tensor in own:
             tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
             start += tensor.numel()
+
+
+def assign(costs: Sequence[float], ranks: int) -> list[int]:
+    """Shares jobs out over ranks: the largest first, each to the rank with the least work so far.
+
+    Returns:
+        The rank of each job. The same on all ranks, since it depends on the costs alone.
+    """
+    loads = [0.0] * ranks
+    owners = [0] * len(costs)
+    for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
+        owners[job] = loads.index(min(loads))
+        loads[owners[job]] += costs[job]
+    return owners

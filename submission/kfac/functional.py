@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import Recording
+from .capture import Recording, check_names
 from .curvature import Curvature, KroneckerFactors, as_curvature, average_sums
 from .likelihoods import Likelihood, as_likelihood
 from .partition import demote_uncalled, partition, unwrap
+from .passes import fisher_passes
 from .setting import detect_setting
 from .sharing import SharingRule
 from .statistics import KroneckerPart
@@ -47,7 +48,8 @@ def kronecker_factors(
         mc_samples: label samples for "mc".
         mask: which loss terms count, see `likelihoods`.
         sharing: see `sharing.resolve`.
-        generator: of the label samples; by default one with a fixed seed, so repeated calls
+        generator: of the label samples (and of the signs of "empirical" where BatchNorm mixes
+            the examples, see `passes`); by default one with a fixed seed, so repeated calls
             agree. Pass your own for independent draws.
         targets: true labels, where they are needed.
         ragged_scaling: see `factors.RAGGED_SCALINGS`.
@@ -116,23 +118,32 @@ def curvature(
     # Buffers are put back after the Fisher passes: autograd checks that nothing has changed them.
     with _undisturbed(model), torch.enable_grad():
         recording = Recording(model, kept, sharing, ragged_scaling)
+        check_names(sharing, recording)
         with recording:
             logits = _call(model, inputs)
-        if not layers_only and 0 in recording.calls.values():
-            parts = demote_uncalled(parts, recording.calls)
-            recording.replace_uncalled(parts.parts)
-        if generator is None and fisher_type == "mc":
+        uncalled = [name for name, count in recording.calls.items() if not count]
+        if uncalled:
+            parts = demote_uncalled(parts, uncalled)
+            kept = [p for p in parts.parts if not layers_only or isinstance(p, KroneckerPart)]
+            recording.replace(kept)
+        if generator is None and fisher_type != "type-2":
             generator = torch.Generator(logits.device).manual_seed(0)
-        vectors = likelihood.would_be_gradients(
+        passes = fisher_passes(
+            likelihood,
             logits,
+            model,
             fisher_type=fisher_type,
             mc_samples=mc_samples,
             mask=mask,
             targets=targets,
             generator=generator,
         )
-        for vector in vectors:
-            recording.fisher_pass(logits, vector, zero_mean=fisher_type == "mc")
+        for fisher_pass in passes:
+            recording.fisher_pass(logits, fisher_pass)
+    if recording.out_of_memory is not None:
+        raise torch.OutOfMemoryError(
+            f"out of memory in {recording.out_of_memory}; pass fewer examples at a time"
+        )
     recording.release()
     terms = likelihood.terms(logits.detach(), mask, targets).clamp(min=torch.finfo().tiny)
     called = {part.name: part for part in parts.parts if part.name in recording.sums}

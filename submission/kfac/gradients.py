@@ -11,14 +11,19 @@ from .statistics import KroneckerPart, Part, UnitwisePart
 
 
 def canonical(part: Part, tensors: Sequence[Tensor | None]) -> Tensor | None:
-    """Tensors of the shapes of a part's slices as one, or None if any of them is missing.
+    """Tensors of the shapes of a part's slices as one, or None if all are missing.
+
+    A missing one among others counts as zeros; sparse gradients cannot be had as one.
 
     [groups, P_out, P_in (+1)] for linear layers, [1 or 2, units] for normalisation layers, the
     parameter's shape otherwise.
     """
-    given = [tensor for tensor in tensors if tensor is not None and not tensor.is_sparse]
-    if len(given) < len(tensors):
+    if all(t is None for t in tensors) or any(t is not None and t.is_sparse for t in tensors):
         return None
+    given = [
+        torch.zeros_like(piece.data) if tensor is None else tensor
+        for tensor, piece in zip(tensors, part.slices, strict=True)
+    ]
     if isinstance(part, KroneckerPart):
         matrix = part.kind.to_matrix(part.module, given[0])
         if not part.has_bias:
@@ -30,7 +35,7 @@ def canonical(part: Part, tensors: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def read_gradient(part: Part) -> Tensor | None:
-    """The part's gradient in its canonical view, or None if any of it is missing."""
+    """The part's gradient in its canonical view, or None if it has none."""
     return canonical(part, [piece.grad for piece in part.slices])
 
 
@@ -47,6 +52,5 @@ def write_gradient(part: Part, value: Tensor) -> None:
     else:
         values = [value]
     for piece, new in zip(part.slices, values, strict=True):
-        grad = piece.grad
-        assert grad is not None
-        grad.copy_(new)
+        if piece.grad is not None:
+            piece.grad.copy_(new)

@@ -18,7 +18,7 @@ from .factor_inverses import (
     eigendecomposition,
     invert_factor,
 )
-from .statistics import KroneckerPart, Part, Sums, UnitwisePart
+from .statistics import KroneckerPart, Part, Sums, UnitwisePart, statistics_dtype
 
 Inverse = dict[str, Tensor]
 
@@ -69,6 +69,31 @@ def _invert_product(a: FactorForm, b: FactorForm, strength: Tensor) -> Inverse |
         inverse[f"{side}.eigenvalues"] = decomposition[0]
         if decomposition[1] is not None:
             inverse[f"{side}.eigenvectors"] = decomposition[1]
+    return inverse
+
+
+def empty_inverse(part: KroneckerPart, kind: str) -> Inverse:
+    """Tensors of the shapes of a layer's inverse, in the form that is applied many times."""
+    weight = part.slices[0].data
+    groups = part.kind.groups(part.module)
+    out_side, in_side = part.sides
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(groups, *shape, dtype=statistics_dtype(weight), device=weight.device)
+
+    inverse: Inverse = {"damping": empty()} if kind == "exact" else {}
+    for side, length, diagonal in (
+        ("A", in_side, part.diagonal_input),
+        ("B", out_side, part.diagonal_gradient),
+    ):
+        if kind == "exact":
+            inverse[f"{side}.eigenvalues"] = empty(length)
+            if not diagonal:
+                inverse[f"{side}.eigenvectors"] = empty(length, length)
+        elif diagonal:
+            inverse[f"{side}.reciprocal"] = empty(length)
+        else:
+            inverse[f"{side}.inverse"] = empty(length, length)
     return inverse
 
 

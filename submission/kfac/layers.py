@@ -44,6 +44,11 @@ class Kind(ABC):
         del module
         return 1
 
+    def as_called(self, module: Any, x: Tensor, y: Tensor) -> Any:
+        """The module with what one call, from x to y, may have set otherwise."""
+        del x, y
+        return module
+
     @abstractmethod
     def sides(self, module: Any) -> tuple[int, int]:
         """(P_out, P_in) of one group, without the bias column."""
@@ -106,7 +111,10 @@ class LinearKind(Kind):
     @staticmethod
     def _rows(x: Tensor, sharing: Sharing) -> Tensor:
         if x.dim() < 2:
-            raise SharingError(f"the input has shape {list(x.shape)}: a batch dimension is needed")
+            raise SharingError(
+                f"the input has shape {list(x.shape)}, without a dimension of examples: give it "
+                "one, or exclude the layer (KFACConfig(exclude=...))"
+            )
         if isinstance(sharing, Positions):
             return flatten_positions(x, sharing)
         return x.flatten(0, -2)
@@ -156,6 +164,9 @@ class ConvKind(Kind):
     def groups(self, module: Any) -> int:
         return int(module.groups)
 
+    def as_called(self, module: Any, x: Tensor, y: Tensor) -> Any:
+        return convolution.as_called(module, x, y) if x.dim() == y.dim() else module
+
     def sides(self, module: Any) -> tuple[int, int]:
         kernel = math.prod(module.kernel_size)
         return module.out_channels // module.groups, module.in_channels // module.groups * kernel
@@ -163,7 +174,10 @@ class ConvKind(Kind):
     @staticmethod
     def _check(module: Any, x: Tensor, sharing: Sharing) -> None:
         if x.dim() != len(module.kernel_size) + 2:
-            raise SharingError(f"the input has shape {list(x.shape)}: a batch dimension is needed")
+            raise SharingError(
+                f"the input has shape {list(x.shape)}, without a dimension of examples: give it "
+                "one, or exclude the layer (KFACConfig(exclude=...))"
+            )
         if not isinstance(sharing, Positions) or sharing.batch_dim or sharing.mask is not None:
             raise SharingError("a convolution shares its weight over all its output positions")
 
@@ -198,18 +212,19 @@ class ConvKind(Kind):
     def input_rows(self, module: Any, x: Tensor, sharing: Sharing) -> Tensor:
         groups = self.groups(module)
         rows = convolution.patches(x, convolution.geometry_of(module))
-        rows = rows.reshape(rows.shape[0], groups, -1, rows.shape[-1])
+        rows = rows.reshape(rows.shape[0], groups, self.sides(module)[1], rows.shape[-1])
         return rows.permute(1, 0, 3, 2).flatten(1, 2)
 
     def gradient_rows(self, module: Any, g: Tensor, sharing: Sharing) -> Tensor:
         rows = g.flatten(2).movedim(1, 0).flatten(1)
-        return rows.reshape(self.groups(module), -1, rows.shape[-1]).mT
+        return rows.reshape(self.groups(module), self.sides(module)[0], rows.shape[-1]).mT
 
     def summed_gradients(
         self, module: Any, g: Tensor, sharing: Sharing, dtype: torch.dtype
     ) -> Tensor:
         total = g.flatten(2).sum(-1, dtype=dtype)
-        return total.reshape(g.shape[0], self.groups(module), -1).movedim(1, 0)
+        shape = (g.shape[0], self.groups(module), self.sides(module)[0])
+        return total.reshape(shape).movedim(1, 0)
 
     def to_matrix(self, module: Any, weight: Tensor) -> Tensor:
         if module.transposed:  # [C_in, C_out / groups, *kernel]

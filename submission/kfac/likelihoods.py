@@ -90,10 +90,17 @@ class Likelihood(ABC):
         `mc` yields mc_samples vectors, each divided by √mc_samples; `empirical` one; `type-2` one
         for each output of an example, so that terms of one example are never mixed.
 
+        The vectors are in float32 where the logits are in half precision.
+
         Raises:
-            ValueError: unknown fisher_type, or `empirical` without targets.
+            ValueError: unknown fisher_type, `empirical` without targets, targets or mask of
+                another shape, negative weights (found on the CPU; elsewhere, where looking would
+                synchronise, they make the vectors NaN).
         """
         logits = logits.detach()
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            # Half precision would move probabilities: uniform numbers have 8 bits in bfloat16.
+            logits = logits.float()
         weight = self._root_weight(mask, logits, targets)
         if fisher_type == "mc":
             root_samples = math.sqrt(mc_samples)
@@ -132,6 +139,11 @@ class Likelihood(ABC):
         mask = self._term_mask(mask, logits, targets)
         if mask is None:
             return None if self.scale == 1.0 else logits.new_tensor(math.sqrt(self.scale))
+        if mask.device.type == "cpu" and mask.dtype != torch.bool and bool((mask < 0).any()):
+            raise ValueError(
+                f"the mask has negative weights (down to {float(mask.min()):g}); weights of loss "
+                "terms must be at least 0"
+            )
         return self._unsqueeze_classes((mask.to(logits.dtype) * self.scale).sqrt(), logits)
 
     def _unsqueeze_classes(self, per_term: Tensor, logits: Tensor) -> Tensor:
@@ -143,7 +155,7 @@ class Likelihood(ABC):
     def _weighted(vector: Tensor, weight: Tensor | None) -> Tensor:
         if weight is None:
             return vector
-        return torch.where(weight > 0, vector * weight, 0)
+        return torch.where(weight == 0, 0, vector * weight)  # NaN stays, and is found
 
     def _one_term_at_a_time(self, column: Tensor) -> Iterator[Tensor]:
         """Splits a column into vectors that touch one term of every example each."""
@@ -193,6 +205,11 @@ class Categorical(Likelihood):
             return mask
         if targets is None:
             raise ValueError("ignore_index needs the targets of the batch")
+        if targets.shape != self.term_shape(logits):
+            raise ValueError(
+                f"ignore_index needs class indices of shape {list(self.term_shape(logits))}, not "
+                f"targets of shape {list(targets.shape)}"
+            )
         valid = targets != self.ignore_index
         return valid if mask is None else mask * valid
 
@@ -215,6 +232,12 @@ class Categorical(Likelihood):
         if targets.shape == logits.shape:
             q = targets.to(logits.dtype)
         else:
+            if targets.shape != self.term_shape(logits):
+                raise ValueError(
+                    f"the targets have shape {list(targets.shape)}; class indices have the shape "
+                    f"{list(self.term_shape(logits))}, soft labels that of the logits, "
+                    f"{list(logits.shape)}"
+                )
             labels = targets.long()
             if self.ignore_index is not None:
                 labels = torch.where(labels == self.ignore_index, 0, labels)
@@ -247,6 +270,7 @@ class Bernoulli(Likelihood):
         return p - (uniform < p).to(p.dtype)
 
     def _at_targets(self, logits: Tensor, targets: Tensor) -> Tensor:
+        _check_shape(logits, targets)
         q = (1 - self.label_smoothing) * targets.to(logits.dtype) + 0.5 * self.label_smoothing
         return logits.sigmoid() - q
 
@@ -281,10 +305,19 @@ class Gaussian(Likelihood):
         return noise / math.sqrt(self.variance)
 
     def _at_targets(self, logits: Tensor, targets: Tensor) -> Tensor:
+        _check_shape(logits, targets)
         return (logits - targets) / self.variance
 
     def _hessian_root(self, logits: Tensor) -> Iterator[Tensor]:
         yield torch.full_like(logits, 1 / math.sqrt(self.variance))
+
+
+def _check_shape(logits: Tensor, targets: Tensor) -> None:
+    if targets.shape != logits.shape:
+        raise ValueError(
+            f"the targets have shape {list(targets.shape)}, the logits {list(logits.shape)}: they "
+            "would be broadcast; give both the same shape"
+        )
 
 
 LIKELIHOODS: dict[str, type[Likelihood]] = {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from .fused import fused_of
 from .layers import EmbeddingKind, Kind, LinearKind, kind_of
@@ -45,17 +47,35 @@ class _Options:
     approx: str
     joint_bias: bool
     max_factor_side: int
+    exclude: tuple[str, ...]
 
 
 def partition(
-    model: nn.Module, *, approx: str, joint_bias: bool, max_factor_side: int
+    model: nn.Module,
+    *,
+    approx: str,
+    joint_bias: bool,
+    max_factor_side: int,
+    exclude: tuple[str, ...] = (),
 ) -> Partition:
     """Splits the trainable parameters of an (unwrapped) model into parts.
 
+    Args:
+        exclude: names of modules; their layers, and those inside them, are not K-FAC layers.
+
     Raises:
-        ValueError: the model has no trainable parameter.
+        ValueError: the model has no trainable parameter, a parameter has no shape yet, or a
+            module to exclude does not exist.
     """
-    options = _Options(approx, joint_bias, max_factor_side)
+    options = _Options(approx, joint_bias, max_factor_side, exclude)
+    modules = dict(model.named_modules())
+    for key in exclude:
+        if key not in modules:
+            near = difflib.get_close_matches(key, modules, n=3)
+            raise ValueError(
+                f"exclude names '{key}', which is no module of the model"
+                + (f"; did you mean {' or '.join(near)}?" if near else "")
+            )
     holders = _holders(model)
     parts: list[Part] = []
     reasons: dict[str, str] = {}
@@ -101,6 +121,17 @@ def _parts_of(
     own = {key: p for key, p in module._parameters.items() if p is not None}
     if not own:
         return [], None
+    if any(isinstance(p, UninitializedParameter) for p in own.values()):
+        raise ValueError(
+            f"layer '{name}' ({type(module).__name__}) has no shape yet: run one forward pass "
+            "before making K-FAC"
+        )
+    if any(p.is_complex() for p in own.values()):
+        return [], "complex parameters"
+    if any(p.numel() == 0 for p in own.values()):
+        return [], "parameters without entries"
+    if any(name == key or name.startswith(key + ".") for key in options.exclude):
+        return [], "excluded"
     if not all(p.requires_grad for p in own.values()):
         return [], "weight or bias of the layer is frozen"
     sharers = {id(m): m for p in own.values() for m in holders[id(p)] if m is not module}
@@ -211,16 +242,15 @@ def _kronecker_part(
     )
 
 
-def demote_uncalled(partition: Partition, calls: Mapping[str, int]) -> Partition:
+def demote_uncalled(partition: Partition, uncalled: Collection[str]) -> Partition:
     """Turns layers whose forward was never called into parameters with a diagonal curvature.
 
     Such a layer's weight is used some other way (functionally, or in a fused operation), which
-    hooks do not see; its parameters still train.
+    hooks do not see, or was not needed so far; its parameters still train.
 
     Args:
-        calls: part name -> number of calls in a recorded forward pass; parts not in it stay.
+        uncalled: names of the layers.
     """
-    uncalled = {name for name, count in calls.items() if count == 0}
     parts: list[Part] = [part for part in partition.parts if part.name not in uncalled]
     reasons = dict(partition.reasons)
     for part in partition.parts:
@@ -230,5 +260,5 @@ def demote_uncalled(partition: Partition, calls: Mapping[str, int]) -> Partition
         for piece in part.slices:
             if piece.name not in reasons:  # the rows of one parameter come back together
                 parts.append(DiagonalPart(piece.name, piece.parameter))
-                reasons[piece.name] = f"'{part.name}' was not called as a module"
+                reasons[piece.name] = f"'{part.name}' has not been called as a module so far"
     return Partition(tuple(parts), reasons)

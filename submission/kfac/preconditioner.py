@@ -18,26 +18,31 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import distributed, inverses
+from . import distributed, inverses, updates
+from .accumulation import Accumulated
 from .adaptive_damping import Trial, adapted_damping, begin_trial, predicted_change
 from .capture import Recording
 from .config import KFACConfig
-from .curvature import Curvature, as_curvature, average_sums
-from .eigenvalue_correction import summed_eigenvalues
+from .curvature import Curvature, as_curvature
+from .distributed import Reduction
 from .gradients import read_gradient, write_gradient
 from .likelihoods import Likelihood, as_likelihood
-from .partition import Partition, demote_uncalled, partition, unwrap
+from .model_parts import ModelParts
+from .partition import unwrap
+from .passes import fisher_passes
+from .placements import exchange_gradients
+from .recorder import is_compiled, record
 from .report import ReportRow, format_report, report_rows
 from .setting import detect_setting
 from .sharing import SharingRule
 from .state import KFACState
-from .statistics import RowPairs, Sums, add_sums
+from .statistics import Part, statistics_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -62,23 +67,16 @@ class KFAC:
         self._model = unwrap(model)
         approx = self.config.kfac_approx
         self._state = KFACState(self.config.damping, None if approx == "auto" else approx)
-        self._partition = self._make_partition("expand" if approx == "auto" else approx)
+        self._compiled = is_compiled(model)
+        self._parts = ModelParts(self._model, self.config)
+        self._parts.split(self._state.approx or "expand", None)
         self._recordings: dict[str, Recording] = {}
         self._sharing: SharingRule = None
-        self._pending: dict[str, Sums] = {}
-        self._pending_terms: Tensor | None = None
-        self._pending_rows: dict[str, RowPairs] = {}
+        self._accumulated: Accumulated | None = None
+        self._reduction: Reduction | None = None
         device = next(self._model.parameters()).device
         self._generator = torch.Generator(device)
         self._generator.manual_seed(self.config.seed + distributed.rank())
-
-    def _make_partition(self, approx: str) -> Partition:
-        return partition(
-            self._model,
-            approx=approx,
-            joint_bias=self.config.joint_bias,
-            max_factor_side=self.config.max_factor_side,
-        )
 
     @property
     def step(self) -> int:
@@ -87,7 +85,7 @@ class KFAC:
 
     @property
     def failures(self) -> dict[str, int]:
-        """Updates that were dropped so far, by kind: "statistics" and "inverse"."""
+        """Updates that were dropped so far, by kind: "statistics", "inverse" and "memory"."""
         return self._state.failures
 
     @property
@@ -114,8 +112,20 @@ class KFAC:
 
     @property
     def factors_due(self) -> bool:
-        """Whether this step updates the factors."""
-        return self._due(self.config.factor_update_steps)
+        """Whether this step updates the factors.
+
+        Also when parameters were frozen or unfrozen since the last update.
+        """
+        return (
+            self._due(self.config.factor_update_steps)
+            or bool(self._recordings)
+            or self._parts.is_outdated
+        )
+
+    @property
+    def inverses_due(self) -> bool:
+        """Whether this step renews the inverses."""
+        return self._due(self.config.inverse_update_steps)
 
     def _due(self, interval: int) -> bool:
         # Curvature changes fastest at the start (a zero-initialised head gives the layers below
@@ -124,14 +134,6 @@ class KFAC:
         return self._state.step % interval == 0 or (
             early and self._state.step & (self._state.step - 1) == 0
         )
-
-    @property
-    def _keeps_rows(self) -> bool:
-        """Whether factors may stay sums of few rows: not if averaged over time or added over ranks,
-        nor if they are to be diagonalised."""
-        config = self.config
-        averaged = config.factor_decay > 0 or distributed.world_size() > 1
-        return not averaged and config.damping_kind != "exact"
 
     # ---- one step ---------------------------------------------------------------------------
 
@@ -142,34 +144,39 @@ class KFAC:
         Args:
             sharing: how rows share weights where the first dimension does not count the examples
                 (graphs, padded sequences): see `sharing.resolve`.
+
+        Raises:
+            SharingError: it names a layer that there is not.
         """
         self._recordings = {}
         self._sharing = sharing
         if not self.factors_due:
             yield
             return
+        if self._parts.is_outdated:
+            self._split()
+            self._state.inverses_stale = True
         # "auto" is decided by the first outputs: until then both approximations are recorded.
         partitions = (
-            {self._state.approx: self._partition}
+            {self._state.approx: self._parts.partition}
             if self._state.approx is not None
-            else {approx: self._make_partition(approx) for approx in ("expand", "reduce")}
+            else {approx: self._parts.whole(approx) for approx in ("expand", "reduce")}
         )
-        recordings = {
-            approx: Recording(
-                self._model,
-                candidate.parts,
-                sharing,
-                self.config.ragged_scaling,
-                low_rank=self._keeps_rows,
-                keep_rows=self.config.eigenvalue_correction,
-            )
-            for approx, candidate in partitions.items()
-        }
-        with ExitStack() as stack:
-            for recording in recordings.values():
-                stack.enter_context(recording)
+        with record(
+            self._model,
+            self.config,
+            partitions,
+            sharing=sharing,
+            watched=self._parts.uncalled,
+            examples_share=self._state.examples_share,
+            compiled=self._compiled,
+        ) as recordings:
             yield
         self._recordings = recordings
+
+    def _split(self) -> None:
+        self._parts.split(self._state.approx or "expand", self._state.called)
+        self._state.keep_only(self._parts.names)
 
     def update(
         self,
@@ -190,49 +197,83 @@ class KFAC:
             targets: the labels, for fisher_type="empirical" and ignore_index only.
 
         Raises:
-            RuntimeError: this step needs factors, but the forward pass was not recorded.
+            RuntimeError: this step needs factors, but the forward pass was not recorded, or the
+                logits have no graph of it.
         """
         if not self.factors_due:
             return
-        recordings, self._recordings = self._recordings, {}
-        if not recordings:
-            raise RuntimeError("KFAC.update needs a forward pass inside `with kfac.record():`")
-        start = time.perf_counter()
         likelihood = as_likelihood(likelihood)
+        if not self._recordings:
+            raise RuntimeError("KFAC.update needs a forward pass inside `with kfac.record():`")
+        if not logits.requires_grad:
+            raise RuntimeError(
+                "the logits have no graph: they are detached, or were computed under no_grad"
+            )
+        recordings, self._recordings = self._recordings, {}
+        start = time.perf_counter()
         if self._state.approx is None:
             self._decide_setting(likelihood, logits)
         assert self._state.approx is not None
         recording = recordings[self._state.approx]
-        vectors = likelihood.would_be_gradients(
-            logits,
-            fisher_type=self.config.fisher_type,
-            mc_samples=self.config.mc_samples,
-            mask=mask,
-            targets=targets,
-            generator=self._generator,
-        )
-        if not self._state.shared_over:
-            self._state.shared_over = recording.shared_over()
-            self._partition = demote_uncalled(self._partition, recording.calls)
-            recording.replace_uncalled(self._partition.parts)
-        for vector in vectors:
-            recording.fisher_pass(logits, vector, zero_mean=self.config.fisher_type == "mc")
-        for name, sums in recording.sums.items():
-            if name in self._pending:
-                add_sums(self._pending[name], sums)
-            else:
-                self._pending[name] = sums
-        for name, pairs in recording.row_pairs().items():
-            self._pending_rows.setdefault(name, []).extend(pairs)
-        terms = likelihood.terms(logits.detach(), mask, targets)
-        self._pending_terms = terms if self._pending_terms is None else self._pending_terms + terms
+        if self._state.called is None:
+            self._find_called_layers(recording)
+        if recording.out_of_memory is None:
+            passes = fisher_passes(
+                likelihood,
+                logits,
+                self._model,
+                fisher_type=self.config.fisher_type,
+                mc_samples=self.config.mc_samples,
+                mask=mask,
+                targets=targets,
+                generator=self._generator,
+            )
+            for fisher_pass in passes:
+                recording.fisher_pass(logits, fisher_pass)
+        self._accumulated = self._accumulated or Accumulated()
+        self._accumulated.add(recording, likelihood.terms(logits.detach(), mask, targets))
+        self._state.shared_over.update(recording.shared_over())
         recording.release()
         self._state.seconds["factors"] += time.perf_counter() - start
 
     def _decide_setting(self, likelihood: Likelihood, logits: Tensor) -> None:
         self._state.approx, reason = detect_setting(likelihood, logits, self._sharing)
-        self._partition = self._make_partition(self._state.approx)
+        self._split()
         logger.info("K-FAC-%s is chosen: %s", self._state.approx, reason)
+
+    def _find_called_layers(self, recording: Recording) -> None:
+        """Finds out, over all ranks, which layers the first recorded pass has called."""
+        names = [part.name for part in self._parts.layers()]
+        counts = [recording.calls.get(name, 0) for name in names]
+        known = recording.out_of_memory is None
+        totals = torch.tensor([*counts, 1] if known else [0] * (len(names) + 1))
+        totals = totals.to(self._generator.device)
+        distributed.all_reduce_sums([totals])
+        *calls, ranks = totals.tolist()
+        if not ranks:
+            return
+        self._state.called = [name for name, count in zip(names, calls, strict=True) if count]
+        self._split()
+        recording.replace(self._parts.partition.parts)
+        if self._parts.uncalled:
+            logger.warning(
+                "K-FAC: not called as modules in the first recorded pass, so their parameters "
+                "have a curvature of their own until they are: %s",
+                ", ".join(part.name for part in self._parts.uncalled),
+            )
+
+    def reduce_factors(self) -> None:
+        """Starts to add up this step's statistics over the ranks, in the background.
+
+        Optional: `precondition` does it otherwise. Call it after the last `update` of a step and
+        before the loss's backward pass, which then hides the communication.
+        """
+        accumulated = self._accumulated
+        if accumulated is None or self._reduction is not None:
+            return
+        accumulated.complete(self._parts.partition.parts, self._parts.uncalled)
+        tensors, symmetric = accumulated.tensors()
+        self._reduction = Reduction(tensors, symmetric)
 
     @torch.no_grad()
     def precondition(self) -> None:
@@ -243,138 +284,109 @@ class KFAC:
         Raises:
             KFACError: `max_failures` updates in a row had to be dropped.
         """
+        self.refresh()
         start = time.perf_counter()
-        terms, rows = self._pending_terms, self._pending_rows
-        self._pending_rows = {}
-        accepted = terms is not None and self._take_in_pending(terms)
+        gradients: dict[str, Tensor] = {}
+        for part in self._parts.partition.parts:
+            inverse = self._state.inverses.get(part.name)
+            shared = self._is_kept_by_one_rank(part)
+            gradient = read_gradient(part) if shared or inverse is not None else None
+            if gradient is None:
+                continue
+            if inverse is not None:
+                gradient = inverses.precondition(part, inverse, gradient.to(_dtype(inverse)))
+            if shared:
+                gradients[part.name] = gradient.to(statistics_dtype(gradient)).contiguous()
+            else:
+                write_gradient(part, gradient)
+        exchange_gradients(gradients, self._parts.owners)
+        for part in self._parts.partition.parts:
+            if part.name in gradients:
+                write_gradient(part, gradients[part.name])
+        self._state.seconds["precondition"] += time.perf_counter() - start
+
+    def _is_kept_by_one_rank(self, part: Part) -> bool:
+        kept = self.config.inverse_placement == "one_rank"
+        return kept and part.name in self._parts.owners
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Takes in the factors of this step, renews the inverses when they are due, ends the step.
+
+        For update rules that work in the eigenbasis of the factors themselves; `precondition`
+        does it first.
+
+        Raises:
+            KFACError: `max_failures` updates in a row had to be dropped.
+        """
+        start = time.perf_counter()
+        accumulated = self._take_in()
         factors_done = time.perf_counter()
         if self._state.averages and (
-            self._due(self.config.inverse_update_steps)
-            or not self._state.inverses
-            or self._state.inverses_stale
+            self.inverses_due or not self._state.inverses or self._state.inverses_stale
         ):
-            self._renew_inverses()
-        if accepted and terms is not None and self.config.eigenvalue_correction:
-            self._correct_eigenvalues(rows, terms)
-        inverses_done = time.perf_counter()
-        for part in self._partition.parts:
-            inverse = self._state.inverses.get(part.name)
-            gradient = None if inverse is None else read_gradient(part)
-            if inverse is not None and gradient is not None:
-                result = inverses.precondition(part, inverse, gradient.to(_dtype(inverse)))
-                write_gradient(part, result)
+            for name in updates.renew_inverses(
+                self._state, self._preconditioned(), self._parts.owners, self.config
+            ):
+                self._fail("inverse", f"the factors of layer '{name}' could not be inverted")
+        if accumulated is not None and self.config.eigenvalue_correction:
+            assert accumulated.terms is not None
+            updates.correct_eigenvalues(
+                self._state,
+                self._parts.partition.parts,
+                accumulated.rows,
+                accumulated.terms,
+                self.config.factor_decay,
+            )
         self._state.step += 1
         self._state.seconds["factors"] += factors_done - start
-        self._state.seconds["inverses"] += inverses_done - factors_done
-        self._state.seconds["precondition"] += time.perf_counter() - inverses_done
+        self._state.seconds["inverses"] += time.perf_counter() - factors_done
 
-    # ---- adaptive damping -------------------------------------------------------------------
+    def _preconditioned(self) -> list[Part]:
+        """The parts that are not trained by their raw gradient."""
+        partition = self._parts.partition
+        raw = partition.reasons if self.config.fallback == "gradient" else {}
+        return [part for part in partition.parts if part.name not in raw]
 
-    @property
-    def inverses_due(self) -> bool:
-        """Whether this step renews the inverses."""
-        return self._due(self.config.inverse_update_steps)
+    def _take_in(self) -> Accumulated | None:
+        """Takes the step's statistics, summed over ranks, into the averages.
 
-    @torch.no_grad()
-    def begin_trial(self) -> Trial:
-        """Remembers gradients and parameters of this step, for `end_trial`.
-
-        Call it after the backward pass and before `precondition`.
+        Returns them if they were good.
         """
-        return begin_trial(self._partition.parts)
-
-    @torch.no_grad()
-    def end_trial(self, trial: Trial, loss_before: float, loss_after: float) -> float:
-        """Adapts the damping to how well the step went (see `adaptive_damping`).
-
-        Args:
-            trial: of `begin_trial`, before the parameters were changed.
-            loss_before, loss_after: the mean loss of the same batch (same dropout) around the step.
-
-        Returns:
-            The reduction ratio.
-        """
-        parts, averages = self._partition.parts, self._state.averages
-        predicted = float(predicted_change(parts, averages, trial, self._state.damping))
-        ratio = (loss_after - loss_before) / predicted if predicted < 0 else float("-inf")
-        steps = self.config.inverse_update_steps
-        self.damping = adapted_damping(self._state.damping, ratio, steps)
-        return ratio
-
-    def _take_in_pending(self, terms: Tensor) -> bool:
-        """Adds up the pending sums over ranks and moves the averages towards them.
-
-        Returns whether they were good. `terms` becomes the sum over ranks, in place.
-        """
-        pending, self._pending, self._pending_terms = self._pending, {}, None
-        flat = [tensor for sums in pending.values() for tensor in sums.values()]
-        distributed.all_reduce_sums([terms, *flat])
-        finite = torch.stack([tensor.sum(dtype=torch.float64) for tensor in flat]).isfinite().all()
-        if not bool(finite & (terms > 0) & terms.isfinite()):
+        self.reduce_factors()
+        accumulated, self._accumulated = self._accumulated, None
+        reduction, self._reduction = self._reduction, None
+        if accumulated is None or reduction is None:
+            return None
+        reduction.wait()
+        assert accumulated.terms is not None
+        good = updates.average_in(
+            self._state,
+            self._parts.partition.parts,
+            accumulated.sums,
+            accumulated.terms,
+            self.config.factor_decay,
+        )
+        if accumulated.out_of_memory is not None:
+            self._state.examples_share /= 2
+            self._fail(
+                "memory",
+                f"memory ran out in {accumulated.out_of_memory}; from now on the rows of "
+                f"{100 * self._state.examples_share:g} % of the examples are used",
+            )
+        elif not good:
             self._fail("statistics", "the batch gave non-finite statistics or had no valid label")
-            return False
-        self._state.failures_in_a_row = 0
-        # A bias-corrected moving average: the t-th update gets weight (1 - d) / (1 - d^t).
-        self._state.updates += 1
-        decay = self.config.factor_decay
-        weight = (1 - decay) / (1 - decay**self._state.updates)
-        for part in self._partition.parts:
-            if part.name not in pending:
-                continue
-            new = average_sums(part, pending[part.name], terms)
-            old = self._state.averages.get(part.name)
-            if old is None or weight == 1:
-                self._state.averages[part.name] = new
-            else:
-                for key, value in new.items():
-                    old[key].lerp_(value, weight)
-        return True
+        else:
+            self._state.failures_in_a_row = 0
+            self._promote(accumulated.newly_called())
+        return accumulated if good else None
 
-    def _correct_eigenvalues(self, rows: dict[str, RowPairs], terms: Tensor) -> None:
-        """Moves the corrected eigenvalues towards the second moments in the present basis."""
-        sums = {
-            name: summed_eigenvalues(
-                pairs,
-                self._state.inverses[name]["A.eigenvectors"],
-                self._state.inverses[name]["B.eigenvectors"],
-            )
-            for name, pairs in rows.items()
-            if name in self._state.inverses
-        }
-        distributed.all_reduce_sums(list(sums.values()))
-        self._state.corrections += 1
-        decay = self.config.factor_decay
-        weight = (1 - decay) / (1 - decay**self._state.corrections)
-        for name, total in sums.items():
-            average = total / terms.to(total.dtype)
-            old = self._state.inverses[name].get("corrected")
-            self._state.inverses[name]["corrected"] = (
-                average if old is None else old.lerp_(average, weight)
-            )
-
-    def _renew_inverses(self) -> None:
-        self._state.inverses_stale = False
-        self._state.corrections = 0
-        kind, relative = self.config.damping_kind, self.config.relative_damping
-        for part in self._partition.parts:
-            averages = self._state.averages.get(part.name)
-            if averages is None or not self._is_preconditioned(part):
-                continue
-            inverse = inverses.invert(
-                part,
-                averages,
-                kind=kind,
-                damping=self._state.damping,
-                relative=relative,
-                uses=self.config.inverse_update_steps,
-            )
-            if inverse is None:
-                self._fail("inverse", f"the factors of layer '{part.name}' could not be inverted")
-            else:
-                self._state.inverses[part.name] = inverse
-
-    def _is_preconditioned(self, part: Any) -> bool:
-        return self.config.fallback == "diagonal" or part.name not in self._partition.reasons
+    def _promote(self, names: list[str]) -> None:
+        """Layers that were called for the first time count as layers from now on."""
+        if names and self._state.called is not None:
+            self._state.called += names
+            self._split()
+            logger.info("K-FAC: called for the first time, now layers: %s", ", ".join(names))
 
     def _fail(self, kind: str, message: str) -> None:
         state = self._state
@@ -387,19 +399,49 @@ class KFAC:
                 f"{message}. Lower the learning rate or raise the damping (now {state.damping:g})."
             )
 
+    # ---- adaptive damping -------------------------------------------------------------------
+
+    @torch.no_grad()
+    def begin_trial(self) -> Trial:
+        """Remembers gradients and parameters of this step, for `end_trial`.
+
+        Call it after the backward pass and before `precondition`.
+        """
+        return begin_trial(self._parts.partition.parts)
+
+    @torch.no_grad()
+    def end_trial(self, trial: Trial, loss_before: float, loss_after: float) -> float:
+        """Adapts the damping to how well the step went (see `adaptive_damping`).
+
+        Args:
+            trial: of `begin_trial`, before the parameters were changed.
+            loss_before, loss_after: the mean loss of the same batch (same dropout) around the step.
+
+        Returns:
+            The reduction ratio.
+        """
+        parts, averages = self._parts.partition.parts, self._state.averages
+        predicted = float(predicted_change(parts, averages, trial, self._state.damping))
+        ratio = (loss_after - loss_before) / predicted if predicted < 0 else float("-inf")
+        steps = self.config.inverse_update_steps
+        self.damping = adapted_damping(self._state.damping, ratio, steps)
+        return ratio
+
     # ---- what it holds ----------------------------------------------------------------------
 
     def curvature(self) -> dict[str, Curvature]:
-        """Name of a layer (or parameter outside layers) -> its current curvature."""
+        """Name of a layer (or parameter outside layers) -> a copy of its current curvature."""
         return {
-            part.name: as_curvature(part, self._state.averages[part.name])
-            for part in self._partition.parts
+            part.name: as_curvature(
+                part, {key: value.clone() for key, value in self._state.averages[part.name].items()}
+            )
+            for part in self._parts.partition.parts
             if part.name in self._state.averages
         }
 
     def report(self) -> list[ReportRow]:
         """What preconditions every parameter; the sharing is known after the first update."""
-        return report_rows(self._partition, self.config.fallback, self._state.shared_over)
+        return report_rows(self._parts.partition, self.config.fallback, self._state.shared_over)
 
     def describe(self) -> str:
         """The report as a text table."""
@@ -410,7 +452,7 @@ class KFAC:
         return {
             **self._state.to_dict(),
             "kfac_approx": self.config.kfac_approx,
-            "parts": self._part_names(),
+            "parts": self._parts.names,
             "generator": self._generator.get_state(),
         }
 
@@ -426,22 +468,14 @@ class KFAC:
                 f"K-FAC state was made with kfac_approx={state['kfac_approx']!r}, not "
                 f"{self.config.kfac_approx!r}"
             )
-        if restored.approx is not None:
-            self._partition = self._make_partition(restored.approx)
-        if restored.shared_over:
-            called = {name: int(name in state["parts"]) for name in self._part_names()}
-            self._partition = demote_uncalled(self._partition, called)
-        names = self._part_names()
-        if names != list(state["parts"]):
-            differing = sorted(set(names) ^ set(state["parts"]))
+        parts = ModelParts(self._model, self.config)
+        parts.split(restored.approx or "expand", restored.called)
+        if parts.names != list(state["parts"]):
+            differing = sorted(set(parts.names) ^ set(state["parts"]))
             raise ValueError(f"K-FAC state belongs to another model: it differs in {differing[:5]}")
-        self._state = restored
+        self._state, self._parts = restored, parts
         self._generator.set_state(state["generator"].cpu())
-        self._pending, self._pending_terms, self._recordings = {}, None, {}
-        self._pending_rows = {}
-
-    def _part_names(self) -> list[str]:
-        return [part.name for part in self._partition.parts]
+        self._recordings, self._accumulated, self._reduction = {}, None, None
 
 
 def _dtype(inverse: inverses.Inverse) -> torch.dtype:

@@ -15,7 +15,7 @@ All functions here are free of host synchronisation: counts stay tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -72,6 +72,13 @@ class Segments:
                 f"segment_mask must have shape [{self.num_segments}], not "
                 f"{list(self.segment_mask.shape)}"
             )
+        if self.ids.device.type == "cpu" and self.ids.numel():  # elsewhere it would synchronise
+            low, high = int(self.ids.min()), int(self.ids.max())
+            if low < 0 or high >= self.num_segments:
+                raise SharingError(
+                    f"segment ids must be in 0 .. {self.num_segments - 1} (num_segments - 1), but "
+                    f"range from {low} to {high}"
+                )
 
     @classmethod
     def from_sizes(
@@ -162,6 +169,28 @@ def resolve(rule: SharingRule, layer: str, leading_size: int) -> Sharing:
     return rule
 
 
+def unknown_names(rule: SharingRule, layers: Iterable[str]) -> list[str]:
+    """Names in a mapping that are neither a layer nor a prefix of one."""
+    if not isinstance(rule, Mapping):
+        return []
+    layers = tuple(layers)
+    return [
+        key
+        for key in rule
+        if key != "" and not any(n == key or n.startswith(key + ".") for n in layers)
+    ]
+
+
+def check_segments(rows: int, sharing: Sharing) -> None:
+    """Whether segments have an id for every row.
+
+    Raises:
+        SharingError: they have not.
+    """
+    if isinstance(sharing, Segments) and sharing.rows != rows:
+        raise SharingError(f"Segments has {sharing.rows} ids for {rows} rows")
+
+
 def flatten_positions(rows: Tensor, sharing: Positions) -> Tensor:
     """[.., N at batch_dim, .., d] -> [N, R, d] (R = 1 where there is no sharing dimension)."""
     if sharing.batch_dim:
@@ -191,12 +220,14 @@ def count_rows(leading: torch.Size, sharing: Sharing) -> Tensor | int:
     """Number of rows that exist. leading: [N, R] for Positions, [rows] for Segments."""
     if isinstance(sharing, Positions):
         return leading.numel() if sharing.mask is None else sharing.mask.sum()
+    check_segments(leading[0], sharing)
     mask = sharing.row_mask()
     return sharing.rows if mask is None else mask.sum()
 
 
 def sum_rows(rows: Tensor, sharing: Sharing) -> Tensor:
     """Sum of the rows of each example: [N, R, d] or [rows, d] -> [N, d]; padding contributes 0."""
+    check_segments(rows.shape[0], sharing)
     rows = zero_padding(rows, sharing)
     if isinstance(sharing, Positions):
         return rows.sum(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from .inverses import Inverse
 from .statistics import Sums
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 def _no_failures() -> dict[str, int]:
-    return {"statistics": 0, "inverse": 0}
+    return {"statistics": 0, "inverse": 0, "memory": 0}
 
 
 def _no_seconds() -> dict[str, float]:
@@ -31,12 +31,16 @@ class KFACState:
         damping: λ in use.
         approx: "expand" or "reduce"; None until it is decided.
         step: finished steps.
-        updates: factor updates in the moving average.
+        updates: part name -> factor updates in its moving average.
         corrections: updates of the corrected eigenvalues in the present basis.
         inverses_stale: whether the damping has changed since the inverses were made.
         failures, failures_in_a_row: updates that were dropped, by kind.
         seconds: time spent, by phase.
-        shared_over: part name -> how its rows are shared, in words; empty before the first update.
+        examples_share: share of the examples whose rows enter the factors; halved whenever memory
+            runs out.
+        called: names of the layers that were called as modules so far; None before the first
+            update.
+        shared_over: part name -> how its rows are shared, in words.
         averages: part name -> averages (see `curvature.average_sums`).
         inverses: part name -> inverse.
     """
@@ -44,15 +48,23 @@ class KFACState:
     damping: float
     approx: str | None
     step: int = 0
-    updates: int = 0
+    updates: dict[str, int] = field(default_factory=dict)
     corrections: int = 0
     inverses_stale: bool = False
     failures_in_a_row: int = 0
     failures: dict[str, int] = field(default_factory=_no_failures)
     seconds: dict[str, float] = field(default_factory=_no_seconds)
+    examples_share: float = 1.0
+    called: list[str] | None = None
     shared_over: dict[str, str] = field(default_factory=dict)
     averages: dict[str, Sums] = field(default_factory=dict)
     inverses: dict[str, Inverse] = field(default_factory=dict)
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Forgets what is known of parts that are not among the names."""
+        for known in (self.averages, self.inverses, self.updates):
+            for name in known.keys() - set(names):
+                del known[name]
 
     def to_dict(self) -> dict[str, Any]:
         """Tensors and plain Python values only."""
@@ -61,12 +73,14 @@ class KFACState:
             "damping": self.damping,
             "approx": self.approx,
             "step": self.step,
-            "updates": self.updates,
+            "updates": dict(self.updates),
             "corrections": self.corrections,
             "inverses_stale": self.inverses_stale,
             "failures_in_a_row": self.failures_in_a_row,
             "failures": dict(self.failures),
             "seconds": dict(self.seconds),
+            "examples_share": self.examples_share,
+            "called": None if self.called is None else list(self.called),
             "shared_over": dict(self.shared_over),
             "averages": {name: dict(sums) for name, sums in self.averages.items()},
             "inverses": {name: dict(inverse) for name, inverse in self.inverses.items()},
@@ -87,12 +101,14 @@ class KFACState:
             damping=float(saved["damping"]),
             approx=saved["approx"],
             step=int(saved["step"]),
-            updates=int(saved["updates"]),
+            updates={k: int(v) for k, v in saved["updates"].items()},
             corrections=int(saved["corrections"]),
             inverses_stale=bool(saved["inverses_stale"]),
             failures_in_a_row=int(saved["failures_in_a_row"]),
             failures={k: int(v) for k, v in saved["failures"].items()},
             seconds={k: float(v) for k, v in saved["seconds"].items()},
+            examples_share=float(saved["examples_share"]),
+            called=None if saved["called"] is None else list(saved["called"]),
             shared_over=dict(saved["shared_over"]),
             averages=_to_device(saved["averages"], device),
             inverses=_to_device(saved["inverses"], device),

@@ -20,7 +20,7 @@ from . import factors
 from .layers import Kind
 from .norms import NormKind, example_gradients
 from .parameters import ParameterSlice
-from .sharing import Sharing, count_rows, rows_per_example
+from .sharing import Sharing, SharingError, check_segments, count_rows, rows_per_example
 
 Sums = dict[str, Tensor]
 # Input rows [groups, n, P_in] and gradient rows [groups, n, P_out] that belong together.
@@ -131,8 +131,11 @@ class Collector(ABC):
             yield module, self
 
     @abstractmethod
-    def forward(self, x: Tensor, sharing: Sharing) -> None:
-        """Takes the input of one call; the call's number is the count of calls before it."""
+    def forward(self, x: Tensor, sharing: Sharing, module: Any) -> None:
+        """Takes the input of one call; the call's number is the count of calls before it.
+
+        `module` is the part's with what this call may have set otherwise, see `Kind.as_called`.
+        """
 
     @abstractmethod
     def gradient(self, call: int, g: Tensor) -> None:
@@ -141,8 +144,8 @@ class Collector(ABC):
     def end_forward(self) -> None:  # noqa: B027 - most have nothing to finish
         """All calls of the forward pass have been seen."""
 
-    def end_pass(self) -> None:  # noqa: B027
-        """All gradients of one Fisher pass have been seen."""
+    def end_pass(self, single: bool) -> None:  # noqa: B027
+        """All gradients of one Fisher pass, of one example or of all, have been seen."""
 
 
 class ExpandCollector(Collector):
@@ -158,12 +161,12 @@ class ExpandCollector(Collector):
         self._keep_rows = keep_rows
         self._inputs: list[Tensor] = []
 
-    def forward(self, x: Tensor, sharing: Sharing) -> None:
+    def forward(self, x: Tensor, sharing: Sharing, module: Any) -> None:
         part = self.part
-        leading = part.kind.leading(part.module, x, sharing)
+        leading = part.kind.leading(module, x, sharing)
         self.positions = str(leading[-1]) if len(leading) > 1 else "-"
         part.kind.add_second_moment(
-            self.sums["A"], part.module, x, sharing, part.has_bias and part.joint_bias
+            self.sums["A"], module, x, sharing, part.has_bias and part.joint_bias
         )
         count = count_rows(leading, sharing)
         if part.has_bias and not part.joint_bias:
@@ -171,7 +174,7 @@ class ExpandCollector(Collector):
         self.sums["count"] += count
         self.sharings.append(sharing)
         if self._keep_rows:
-            rows = part.kind.input_rows(part.module, x, sharing).to(self.sums["A"].dtype)
+            rows = part.kind.input_rows(module, x, sharing).to(self.sums["A"].dtype)
             self._inputs.append(factors.append_ones(rows) if part.has_bias else rows)
 
     def gradient(self, call: int, g: Tensor) -> None:
@@ -206,12 +209,17 @@ class ReduceCollector(Collector):
         self._rows: Tensor | None = None
         self._gradient_scale: Tensor | None = None
 
-    def forward(self, x: Tensor, sharing: Sharing) -> None:
+    def forward(self, x: Tensor, sharing: Sharing, module: Any) -> None:
         part = self.part
-        leading = part.kind.leading(part.module, x, sharing)
+        leading = part.kind.leading(module, x, sharing)
         self.positions = str(leading[-1]) if len(leading) > 1 else "-"
-        inputs = part.kind.summed_inputs(part.module, x, sharing, self._dtype)
+        inputs = part.kind.summed_inputs(module, x, sharing, self._dtype)
         rows = rows_per_example(leading, sharing, inputs)
+        if self._inputs is not None and self._inputs.shape != inputs.shape:
+            raise SharingError(
+                f"its calls in one forward pass had {self._inputs.shape[1]} and {inputs.shape[1]} "
+                "examples; K-FAC-reduce adds them up example by example"
+            )
         self._inputs = inputs if self._inputs is None else self._inputs + inputs
         self._rows = rows if self._rows is None else self._rows + rows
         self.sharings.append(sharing)
@@ -240,7 +248,7 @@ class ReduceCollector(Collector):
         total = part.kind.summed_gradients(part.module, g, self.sharings[call], self._dtype)
         self._gradients = total if self._gradients is None else self._gradients + total
 
-    def end_pass(self) -> None:
+    def end_pass(self, single: bool) -> None:
         if self._gradients is None:
             return
         rows = self._gradients
@@ -269,9 +277,12 @@ class UnitwiseCollector(Collector):
         self._inputs: list[Tensor] = []
         self._gradients: Tensor | None = None
 
-    def forward(self, x: Tensor, sharing: Sharing) -> None:
+    def forward(self, x: Tensor, sharing: Sharing, module: Any) -> None:
+        rows = self.part.kind.rows(module, x, sharing)
+        check_segments(rows.shape[0], sharing)
         self._inputs.append(x)
         self.sharings.append(sharing)
+        self.sums["count"] += 1
 
     def gradient(self, call: int, g: Tensor) -> None:
         part = self.part
@@ -280,10 +291,12 @@ class UnitwiseCollector(Collector):
         )
         self._gradients = total if self._gradients is None else self._gradients + total
 
-    def end_pass(self) -> None:
+    def end_pass(self, single: bool) -> None:
         if self._gradients is None:
             return
         grads = self._gradients
+        if single:  # BatchNorm carries one example's gradient to the activations of the others
+            grads = grads.sum(1, keepdim=True)
         first = grads[[0, 0, 1]] if self.part.has_bias else grads
         second = grads[[0, 1, 1]] if self.part.has_bias else grads
         self.sums["F"] += (first * second).sum(1)
@@ -331,14 +344,37 @@ def add_rows(sums: Sums, side: str, rows: Tensor, diagonal: bool, *, keep: bool)
 
 
 def empty_unitwise_sums(part: UnitwisePart) -> Sums:
-    """Zero sums: F [3, units], or [1, units] without a shift."""
+    """Zero sums: F [3, units], or [1, units] without a shift; count [] of calls."""
     weight = part.slices[0].data
-    return {"F": _zeros((3 if part.has_bias else 1, weight.numel()), weight)}
+    f = _zeros((3 if part.has_bias else 1, weight.numel()), weight)
+    return {"F": f, "count": _zeros((), weight)}
 
 
 def empty_diagonal_sums(part: DiagonalPart) -> Sums:
-    """Zero sums: F in the shape of the parameter."""
-    return {"F": _zeros(tuple(part.parameter.shape), part.parameter)}
+    """Zero sums: F in the shape of the parameter, count [] of passes that reached it."""
+    parameter = part.parameter
+    return {"F": _zeros(tuple(parameter.shape), parameter), "count": _zeros((), parameter)}
+
+
+def empty_sums(part: Part) -> Sums:
+    """Zero sums of any part."""
+    if isinstance(part, UnitwisePart):
+        return empty_unitwise_sums(part)
+    if isinstance(part, DiagonalPart):
+        return empty_diagonal_sums(part)
+    sums = empty_kronecker_sums(part)
+    return sums if part.embedding is None else {**sums, **empty_embedding_sums(part)}
+
+
+def empty_embedding_sums(part: KroneckerPart) -> Sums:
+    """Zero sums of a tied embedding (see `tied`): E_V [V], E_d [d, d], E_count []."""
+    weight = part.slices[0].data
+    vocabulary, features = weight.shape
+    return {
+        "E_V": _zeros((vocabulary,), weight),
+        "E_d": _zeros((features, features), weight),
+        "E_count": _zeros((), weight),
+    }
 
 
 def add_sums(total: Sums, extra: Sums) -> None:

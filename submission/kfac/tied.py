@@ -14,6 +14,7 @@ which keeps the trace, and is exact where either use has no curvature.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from .statistics import (
     KroneckerPart,
     ReduceCollector,
     Sums,
-    statistics_dtype,
+    empty_embedding_sums,
 )
 
 _KIND = EmbeddingKind()
@@ -39,16 +40,12 @@ class _EmbeddingCollector(Collector):
         super().__init__()
         assert part.embedding is not None
         self.part, self._embedding, self._reduce = part, part.embedding, scaled
-        weight = part.slices[0].data
-        dtype = statistics_dtype(weight)
         self.sums = sums
-        vocabulary, features = weight.shape
-        sums["E_V"] = weight.new_zeros(vocabulary, dtype=dtype)
-        sums["E_d"] = weight.new_zeros(features, features, dtype=dtype)
-        sums["E_count"] = weight.new_zeros((), dtype=dtype)
+        sums.update(empty_embedding_sums(part))
         self._gradients: Tensor | None = None
 
-    def forward(self, x: Tensor, sharing: Sharing) -> None:
+    def forward(self, x: Tensor, sharing: Sharing, module: Any) -> None:
+        del module
         if self._reduce:
             counts = _KIND.summed_inputs(self._embedding, x, sharing, self.sums["E_V"].dtype)[0]
             leading = _KIND.leading(self._embedding, x, sharing)
@@ -71,7 +68,7 @@ class _EmbeddingCollector(Collector):
             rows = _KIND.gradient_rows(self._embedding, g, sharing)[0].to(dtype)
             self.sums["E_d"].addmm_(rows.mT, rows)
 
-    def end_pass(self) -> None:
+    def end_pass(self, single: bool) -> None:
         if self._gradients is not None:
             self.sums["E_d"].addmm_(self._gradients.mT, self._gradients)
             self._gradients = None
@@ -98,8 +95,8 @@ class TiedCollector(Collector):
         assert self.part.embedding is not None
         yield self.part.embedding, self._embedding
 
-    def forward(self, x: Tensor, sharing: Sharing) -> None:
-        self._linear.forward(x, sharing)
+    def forward(self, x: Tensor, sharing: Sharing, module: Any) -> None:
+        self._linear.forward(x, sharing, module)
 
     def gradient(self, call: int, g: Tensor) -> None:
         self._linear.gradient(call, g)
@@ -108,9 +105,9 @@ class TiedCollector(Collector):
         self._linear.end_forward()
         self.positions = self._linear.positions
 
-    def end_pass(self) -> None:
-        self._linear.end_pass()
-        self._embedding.end_pass()
+    def end_pass(self, single: bool) -> None:
+        self._linear.end_pass(single)
+        self._embedding.end_pass(single)
 
 
 def combine(averages: Sums) -> Sums:

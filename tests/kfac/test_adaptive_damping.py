@@ -51,7 +51,7 @@ def trial_step(kfac_approx="expand", scale=1e-3):
 @pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
 def test_the_predicted_change_is_the_quadratic_model(kfac_approx):
     kfac, trial, plain, steps, _, _ = trial_step(kfac_approx)
-    parts, averages = kfac._partition.parts, kfac._state.averages
+    parts, averages = kfac._parts.partition.parts, kfac._state.averages
     expected = sum((plain[n] * steps[n]).sum() + 0.05 * steps[n].square().sum() for n in plain)
 
     def joint(layer, groups=1):

@@ -177,7 +177,7 @@ def test_factors_of_few_rows_act_as_the_dense_ones(kind, interval, pieces, monke
     )  # fmt: skip
     results = {}
     for few in (True, False):
-        monkeypatch.setattr(KFAC, "_keeps_rows", few)
+        monkeypatch.setattr("submission.kfac.recorder.keeps_rows", lambda config, few=few: few)
         kfac = KFAC(model, config)
         model.zero_grad()
         for xs, ys in zip(x.split(pieces), y.split(pieces), strict=True):
@@ -314,7 +314,7 @@ def test_a_batch_of_zeros_is_legal():
     model = net()
     kfac = KFAC(model, every_step())
     train_step(model, kfac, torch.zeros(7, 2, 4), torch.zeros(7, dtype=int))
-    assert kfac.failures == {"statistics": 0, "inverse": 0}
+    assert not any(kfac.failures.values())
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -349,7 +349,7 @@ def test_a_failed_inversion_keeps_the_previous_inverse(monkeypatch):
     kfac = KFAC(model, every_step())
     train_step(model, kfac, x, y)
     before = {n: dict(i) for n, i in kfac.state_dict()["inverses"].items()}
-    monkeypatch.setattr("submission.kfac.inverses.invert", lambda *args, **kwargs: None)
+    monkeypatch.setattr("submission.kfac.updates.invert", lambda *args, **kwargs: None)
     train_step(model, kfac, x, y)
     assert kfac.failures["inverse"] == len(before)
     assert kfac.state_dict()["inverses"].keys() == before.keys()

@@ -1,0 +1,79 @@
+"""The parts of a model that are in use: follows which layers are called, and what is frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from .config import KFACConfig
+from .partition import Partition, demote_uncalled, partition
+from .placements import owners
+from .statistics import KroneckerPart, Part, UnitwisePart
+
+
+class ModelParts:
+    """Splits a model into parts, and again when something about it has changed.
+
+    Args:
+        model: unwrapped.
+        config: what counts as a layer, and where inverses are kept.
+
+    Attributes:
+        partition: the parts in use.
+        uncalled: layers that were not called as modules so far; `partition` has their parameters
+            in their place.
+        owners: layer name -> the rank that computes its inverse; empty where every rank does.
+    """
+
+    partition: Partition
+    uncalled: list[KroneckerPart | UnitwisePart]
+    owners: dict[str, int]
+
+    def __init__(self, model: nn.Module, config: KFACConfig) -> None:
+        self._model, self._config = model, config
+        self._parameters = list(model.parameters())
+        self._trainable = self._requires_grad()
+
+    def _requires_grad(self) -> list[bool]:
+        return [parameter.requires_grad for parameter in self._parameters]
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether parameters were frozen or unfrozen since the last `split`."""
+        return self._trainable != self._requires_grad()
+
+    def split(self, approx: str, called: Sequence[str] | None) -> None:
+        """Assigns the trainable parameters to parts.
+
+        Args:
+            approx: "expand" or "reduce".
+            called: names of the layers that were called so far; None if that is not known yet.
+        """
+        self._trainable = self._requires_grad()
+        self._layers = self.whole(approx)
+        self.partition, self.uncalled = self._layers, []
+        if called is not None:
+            self.uncalled = [part for part in self.layers() if part.name not in called]
+            self.partition = demote_uncalled(self._layers, [part.name for part in self.uncalled])
+        self.owners = owners(self.partition.parts, self._config.inverse_placement)
+
+    def whole(self, approx: str) -> Partition:
+        """The parts as if all layers were called."""
+        return partition(
+            self._model,
+            approx=approx,
+            joint_bias=self._config.joint_bias,
+            max_factor_side=self._config.max_factor_side,
+            exclude=self._config.exclude,
+        )
+
+    def layers(self) -> list[KroneckerPart | UnitwisePart]:
+        """All parts that are modules, called or not."""
+        parts: Sequence[Part] = self._layers.parts
+        return [part for part in parts if isinstance(part, KroneckerPart | UnitwisePart)]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the parts in use."""
+        return [part.name for part in self.partition.parts]

@@ -1,0 +1,135 @@
+"""How statistics enter the moving averages, and how inverses come from these.
+
+Functions on `KFACState`; `KFAC` decides when they are called, and owns the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from . import distributed
+from .config import KFACConfig
+from .curvature import average_sums
+from .eigenvalue_correction import is_correctable, summed_eigenvalues
+from .inverses import Inverse, invert
+from .placements import exchange_inverses
+from .state import KFACState
+from .statistics import KroneckerPart, Part, RowPairs, Sums
+
+EXPLICIT = 1 << 30  # uses of an inverse that are always worth an explicit one
+
+
+def average_in(
+    state: KFACState, parts: Sequence[Part], sums: Mapping[str, Sums], terms: Tensor, decay: float
+) -> bool:
+    """Moves the averages towards new sums, if these are finite and there are terms.
+
+    A part that was not reached (a layer that the pass did not call) keeps its average: zeros would
+    not be its curvature. Averages are bias-corrected: the t-th update of a part has the weight
+    (1 - decay) / (1 - decay^t).
+
+    Returns:
+        Whether the sums were good.
+    """
+    flat = [tensor.sum() for part in parts for tensor in sums[part.name].values()]
+    counts = [sums[part.name]["count"] for part in parts]
+    good = torch.stack([tensor.double() for tensor in flat]).isfinite().all()
+    good &= (terms > 0) & terms.isfinite()
+    usable, *reached = torch.stack([good.double(), *[c.double() for c in counts]]).tolist()
+    if not usable:
+        return False
+    for part, count in zip(parts, reached, strict=True):
+        if not count:
+            continue
+        new = average_sums(part, sums[part.name], terms)
+        old = state.averages.get(part.name)
+        updates = state.updates[part.name] = state.updates.get(part.name, 0) + 1
+        weight = (1 - decay) / (1 - decay**updates)
+        if old is None or weight == 1:
+            state.averages[part.name] = new
+        else:
+            for key, value in new.items():
+                old[key].lerp_(value, weight)
+    return True
+
+
+def renew_inverses(
+    state: KFACState, parts: Sequence[Part], owners: Mapping[str, int], config: KFACConfig
+) -> list[str]:
+    """Makes inverses of the averages of these parts.
+
+    Args:
+        owners: layer name -> the rank that computes its inverse, see `placements`; every rank
+            computes those of parts that are not in it.
+
+    Returns:
+        Names of the parts whose average could not be inverted; their old inverse stays.
+    """
+    present = [part for part in parts if part.name in state.averages]
+    exchanged = config.inverse_placement == "exchanged"
+    found: dict[str, Inverse] = {}
+    failed: list[float] = []
+    for part in present:
+        inverse = None
+        mine = owners.get(part.name, distributed.rank()) == distributed.rank()
+        if mine:
+            inverse = invert(
+                part,
+                state.averages[part.name],
+                kind=config.damping_kind,
+                damping=state.damping,
+                relative=config.relative_damping,
+                uses=EXPLICIT if owners and exchanged else config.inverse_update_steps,
+            )
+        if inverse is not None:
+            found[part.name] = inverse
+        failed.append(float(mine and inverse is None))
+    if owners and present:
+        flags = torch.tensor(failed, device=present[0].slices[0].data.device)
+        distributed.all_reduce_sums([flags])
+        failed = flags.tolist()
+    names = [part.name for part, flag in zip(present, failed, strict=True) if flag]
+    if owners and exchanged:
+        layers = [
+            part for part in present if isinstance(part, KroneckerPart) and part.name not in names
+        ]
+        found.update(exchange_inverses(layers, owners, found, config.damping_kind))
+    state.inverses.update({name: found[name] for name in found if name not in names})
+    state.inverses_stale = False
+    state.corrections = 0
+    return names
+
+
+def correct_eigenvalues(
+    state: KFACState,
+    parts: Sequence[Part],
+    rows: Mapping[str, RowPairs],
+    terms: Tensor,
+    decay: float,
+) -> None:
+    """Moves the corrected eigenvalues (EKFAC) towards the second moments in the present basis."""
+    layers = [part for part in parts if is_correctable(part) and part.name in state.inverses]
+    sums: list[Tensor] = []
+    for part in layers:
+        assert isinstance(part, KroneckerPart)
+        inverse = state.inverses[part.name]
+        basis_a, basis_b = inverse["A.eigenvectors"], inverse["B.eigenvectors"]
+        if part.name in rows:
+            sums.append(summed_eigenvalues(rows[part.name], basis_a, basis_b))
+        else:
+            sums.append(basis_a.new_zeros(len(basis_a), basis_b.shape[-1], basis_a.shape[-1]))
+    reached = torch.tensor([float(part.name in rows) for part in layers], device=terms.device)
+    distributed.all_reduce_sums([*sums, reached])
+    state.corrections += 1
+    weight = (1 - decay) / (1 - decay**state.corrections)
+    for part, total, count in zip(layers, sums, reached.tolist(), strict=True):
+        if not count:
+            continue
+        average = total / terms.to(total.dtype)
+        old = state.inverses[part.name].get("corrected")
+        state.inverses[part.name]["corrected"] = (
+            average if old is None else old.lerp_(average, weight)
+        )

@@ -1,0 +1,214 @@
+"""Inverses shared out over ranks, and ranks that do not see the same: two real processes."""
+
+import os
+import tempfile
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from submission.kfac import KFAC, KFACConfig
+from submission.kfac.distributed import Reduction, all_reduce_sums, assign, broadcast_all
+from submission.kfac.placements import PLACEMENTS
+
+KINDS = ["pi", "exact"]
+
+
+class Net(nn.Module):
+    """Dense and diagonal factors, groups, a norm and a bare parameter."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.conv = nn.Conv1d(4, 6, 2, groups=2)
+        self.norm = nn.LayerNorm(6)
+        self.wide = nn.Linear(6, 9)
+        self.last = nn.Linear(9, 3)
+        self.scale = nn.Parameter(torch.ones(3))
+        self.with_wide = True
+
+    def forward(self, x):
+        x = self.norm(self.conv(x).mean(-1))
+        if self.with_wide:
+            x = self.wide(x).tanh()
+        else:
+            x = torch.cat([x, x[:, :3]], 1).tanh()
+        return self.scale * self.last(x)
+
+
+def data(step, rank=None):
+    x = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(step))
+    return x if rank is None else x[:2] if rank == 0 else x[2:]
+
+
+def train(model, settings, steps, rank=None, before=None):
+    kfac = KFAC(
+        model,
+        KFACConfig(
+            fisher_type="type-2", factor_update_steps=2, inverse_update_steps=4, factor_decay=0.5,
+            max_factor_side=9, **settings,
+        ),
+    )  # fmt: skip
+    for t in range(steps):
+        if before is not None:
+            before(model, kfac, t)
+        with kfac.record():
+            out = model(data(t, rank))
+        kfac.update(out, "gaussian")
+        kfac.reduce_factors()
+        model.zero_grad()
+        ranks = 1 if rank is None else 2
+        (out.square().sum() * ranks / 18).backward()
+        kfac.precondition()
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.grad is not None:
+                    p -= 0.05 * p.grad
+    return kfac
+
+
+def on_two_ranks(function, *arguments):
+    """What `function(rank, *arguments)` returns on each of two ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_worker, (function, arguments, folder), nprocs=2)
+        return [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def _worker(rank, function, arguments, folder):
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(function(rank, *arguments), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def all_placements(rank):
+    """Parameters, and names of the inverses that are kept, by placement and damping kind."""
+    found = {}
+    for kind in KINDS:
+        for placement in PLACEMENTS:
+            model = DistributedDataParallel(Net())
+            settings = {"damping_kind": kind, "inverse_placement": placement}
+            kfac = train(model, settings, 6, rank)
+            kept = sorted(kfac.state_dict()["inverses"])
+            found[f"{placement} {kind}"] = (model.module.state_dict(), kept)
+    return found
+
+
+def test_all_placements_give_the_parameters_of_one_process():
+    ranks = on_two_ranks(all_placements)
+    for kind in KINDS:
+        model = Net()
+        train(model, {"damping_kind": kind}, 6)
+        for placement in PLACEMENTS:
+            kept = []
+            for found in ranks:
+                parameters, names = found[f"{placement} {kind}"]
+                kept.append(set(names))
+                for name, value in model.state_dict().items():
+                    torch.testing.assert_close(parameters[name], value, rtol=1e-10, atol=1e-11)
+            layers = {"conv", "wide", "last"}
+            if placement == "one_rank":
+                assert not kept[0] & kept[1] & layers
+                assert (kept[0] | kept[1]) >= layers
+            else:
+                assert kept[0] == kept[1] >= layers
+
+
+def different_ranks(rank):
+    """Rank 1 does not call a layer at first, later runs out of memory."""
+
+    def before(model, kfac, t):
+        model.module.with_wide = rank == 0 or t >= 2
+
+    model = DistributedDataParallel(Net(), find_unused_parameters=True)
+    kfac = train(model, {}, 4, rank, before)
+    called = sorted(kfac.state_dict()["called"])
+    averages = {
+        n: {k: v.clone() for k, v in a.items()} for n, a in kfac.state_dict()["averages"].items()
+    }
+    if rank == 1:
+        from submission.kfac import statistics
+
+        def out(*args, **options):
+            raise torch.OutOfMemoryError("no memory left")
+
+        statistics.ExpandCollector.gradient = out
+    with kfac.record():
+        logits = model(data(9, rank))
+    kfac.update(logits, "gaussian")
+    logits.sum().backward()
+    kfac.precondition()
+    unchanged = all(
+        torch.equal(v, kfac.state_dict()["averages"][n][k])
+        for n, a in averages.items() for k, v in a.items()
+    )  # fmt: skip
+    return {
+        "called": called, "failures": dict(kfac.failures), "unchanged": unchanged,
+        "parameters": model.module.state_dict(),
+    }  # fmt: skip
+
+
+def test_ranks_that_see_different_layers_or_run_out_of_memory_stay_together():
+    first, second = on_two_ranks(different_ranks)
+    assert first["called"] == second["called"] == ["conv", "last", "norm", "wide"]
+    assert first["failures"] == {"statistics": 1, "inverse": 0, "memory": 0}
+    assert second["failures"] == {"statistics": 0, "inverse": 0, "memory": 1}
+    assert first["unchanged"]
+    assert second["unchanged"]
+    for name, value in first["parameters"].items():
+        torch.testing.assert_close(second["parameters"][name], value, rtol=0, atol=0)
+
+
+def collectives(rank):
+    generator = torch.Generator().manual_seed(rank)
+    root = torch.randn(3, 150, 300, generator=generator)
+    symmetric = root @ root.mT
+    plain, other = torch.randn(4, generator=generator), torch.tensor([rank + 1.0]).float()
+    before = [symmetric.clone(), plain.clone(), other.clone()]
+    Reduction([symmetric, plain, other], [True, False, False]).wait()
+    mine = [torch.full((2, 2), float(rank)), torch.full((3,), float(10 + rank))]
+    theirs = [torch.zeros(2, 2), torch.zeros(3)]
+    broadcast_all([mine, theirs] if rank == 0 else [theirs, mine])
+    alone = torch.ones(1)
+    all_reduce_sums([alone])
+    return {
+        "before": before,
+        "after": [symmetric, plain, other],
+        "sent": [mine, theirs],
+        "n": alone,
+    }
+
+
+def test_collectives():
+    ranks = on_two_ranks(collectives)
+    for i in range(3):
+        total = ranks[0]["before"][i] + ranks[1]["before"][i]
+        for rank in ranks:
+            torch.testing.assert_close(rank["after"][i], total, rtol=1e-12, atol=1e-12)
+    for rank, found in enumerate(ranks):
+        mine, theirs = found["sent"]
+        assert torch.equal(mine[0], torch.full((2, 2), float(rank)))
+        assert torch.equal(theirs[1], torch.full((3,), float(11 - rank)))
+        assert found["n"] == 2
+
+
+def test_jobs_are_shared_out_largest_first():
+    assert assign([1, 8, 3, 3, 2], 2) == [0, 0, 1, 1, 1]
+    assert assign([5.0], 3) == [0]
+    assert assign([], 2) == []
+
+
+def test_a_single_process_keeps_everything():
+    model = Net()
+    kfac = train(model, {"inverse_placement": "one_rank"}, 2)
+    assert {"conv", "wide", "last"} <= kfac.state_dict()["inverses"].keys()
+
+
+def test_eigenvalue_correction_needs_all_bases():
+    with pytest.raises(ValueError, match="eigenvectors on every rank"):
+        KFACConfig(eigenvalue_correction=True, damping_kind="exact", inverse_placement="one_rank")

@@ -1,0 +1,445 @@
+"""What happens when a model or a loop is not the plain one: nothing is wrong in silence."""
+
+import pytest
+import torch
+from nets import Mean
+from torch import nn
+
+from submission.kfac import KFAC, KFACConfig, Segments, curvature, kronecker_factors
+from submission.kfac.graph import GraphError
+from submission.kfac.likelihoods import Bernoulli, Categorical, Gaussian
+from submission.kfac.sharing import SharingError
+
+EVERY_STEP = {"factor_update_steps": 1, "inverse_update_steps": 1}
+
+
+def config(**settings):
+    return KFACConfig(**{**EVERY_STEP, "fisher_type": "type-2", **settings})
+
+
+def step(model, kfac, x, likelihood="categorical", **options):
+    model.zero_grad()
+    with kfac.record():
+        logits = model(x)
+    kfac.update(logits, likelihood, **options)
+    logits.square().mean().backward()
+    kfac.precondition()
+
+
+# ---- BatchNorm in training mode carries would-be gradients from example to example ---------------
+
+
+def batch_norm_net():
+    return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def gradients_by_term(model, x, root, layer):
+    """Output gradients of a layer [terms, N, out], one example's loss at a time."""
+    outputs = []
+    handle = model.get_submodule(layer).register_forward_hook(lambda m, i, y: outputs.append(y))
+    logits = model(x)
+    handle.remove()
+    found = []
+    for column in root(logits.detach()):
+        for n in range(len(x)):
+            alone = torch.zeros_like(column)
+            alone[n] = column[n]
+            found += torch.autograd.grad(logits, outputs, alone, retain_graph=True)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("layer", ["0", "3"])
+def test_type_2_through_a_batch_norm_in_training_mode_is_exact(layer):
+    model, x = batch_norm_net(), torch.randn(8, 4)
+    g = gradients_by_term(model, x, Categorical()._hessian_root, layer).flatten(0, 1)
+    found = kronecker_factors(
+        model, x, likelihood="categorical", kfac_approx="expand", fisher_type="type-2"
+    )
+    torch.testing.assert_close(found[layer].gradient_covariance, g.T @ g / 8, rtol=1e-12, atol=0)
+
+
+def test_type_2_unit_wise_blocks_of_a_batch_norm_in_training_mode_are_exact():
+    model = nn.Sequential(
+        nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh()
+    )
+    x = torch.randn(6, 4)
+    found = curvature(model, x, likelihood="gaussian", kfac_approx="expand", fisher_type="type-2")
+    norm = model[1]
+    exact = torch.zeros(5, 2, 2)
+    logits = model(x)
+    for out in logits.flatten():
+        weight, bias = torch.autograd.grad(out, [norm.weight, norm.bias], retain_graph=True)
+        both = torch.stack([weight, bias], 1)
+        exact += 2 * both.unsqueeze(2) * both.unsqueeze(1) / logits.numel()
+    torch.testing.assert_close(found["1"].blocks, exact, rtol=1e-10, atol=1e-12)
+
+
+def test_empirical_through_a_batch_norm_in_training_mode_is_unbiased():
+    model, x, y = batch_norm_net(), torch.randn(8, 4), torch.randint(3, (8,))
+    logits = model(x)
+    alone = Categorical()._at_targets(logits.detach(), y)
+    g = gradients_by_term(model, x, lambda logits: [alone], "0").flatten(0, 1)
+    exact = g.T @ g / 8
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack([
+        kronecker_factors(
+            model, x, likelihood="categorical", kfac_approx="expand", fisher_type="empirical",
+            targets=y, generator=generator,
+        )["0"].gradient_covariance
+        for _ in range(600)
+    ])  # fmt: skip
+    error = draws.std(0) / 600**0.5
+    assert ((draws.mean(0) - exact).abs() <= 4.5 * error).all()
+
+
+def test_evaluation_mode_needs_one_pass_only():
+    model, x, y = batch_norm_net().eval(), torch.randn(8, 4), torch.randint(3, (8,))
+    options = {"likelihood": "categorical", "kfac_approx": "expand", "fisher_type": "empirical"}
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    a, b = (kronecker_factors(model, x, targets=y, generator=g, **options)["0"] for g in generators)
+    assert torch.equal(a.gradient_covariance, b.gradient_covariance)
+
+
+# ---- what a call may change ----------------------------------------------------------------------
+
+
+class Resized(nn.Module):
+    def __init__(self, output_padding):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(2, 3, 3, stride=3, output_padding=output_padding)
+        self.size = None if output_padding else (8, 7)
+
+    def forward(self, x):
+        y = self.up(x) if self.size is None else self.up(x, output_size=self.size)
+        return y.flatten(2).mean(-1)
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+def test_the_output_size_of_a_call_counts_and_not_the_modules_padding(kfac_approx):
+    called, fixed, x = Resized(0), Resized((2, 1)), torch.randn(4, 2, 2, 2)
+    fixed.load_state_dict(called.state_dict())
+    options = {"likelihood": "gaussian", "kfac_approx": kfac_approx, "fisher_type": "type-2"}
+    a, b = (kronecker_factors(model, x, **options)["up"] for model in (called, fixed))
+    for key in ("input_covariance", "gradient_covariance"):
+        torch.testing.assert_close(getattr(a, key), getattr(b, key), rtol=1e-13, atol=0)
+    assert called.up.output_padding == (0, 0)
+
+
+def test_a_users_hook_that_changes_the_output_comes_after_ours():
+    model, x = nn.Sequential(nn.Linear(3, 2)), torch.randn(5, 3)
+    model[0].register_forward_hook(lambda module, args, y: 2 * y)
+    found = kronecker_factors(
+        model, x, likelihood="gaussian", kfac_approx="expand", fisher_type="type-2"
+    )["0"]
+    # One term per output: B = 1/(5 · 2) Σ 2 · (2 e)(2 e)ᵀ over 5 examples = 4 I.
+    torch.testing.assert_close(found.gradient_covariance, 4 * torch.eye(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_labels_are_sampled_in_single_precision(dtype):
+    p = 0.001
+    logits = torch.full((200_000, 1), p).logit().to(dtype)
+    exact = logits.double().sigmoid()[0].item()
+    (v,) = Bernoulli().would_be_gradients(
+        logits, fisher_type="mc", generator=torch.Generator().manual_seed(0)
+    )
+    frequency = (v < 0).double().mean().item()
+    assert abs(frequency - exact) < 5 * (exact / len(logits)) ** 0.5
+    assert v.dtype == torch.float32
+
+
+# ---- layers that come and go ---------------------------------------------------------------------
+
+
+class Branches(nn.Module):
+    """Two linear layers, of which a pass uses those that `use` names."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.use = nn.Linear(4, 4), nn.Linear(4, 4), "ab"
+        self.scale = nn.Parameter(torch.ones(4))
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, x):
+        x = self.a(x)
+        return x + self.scale * self.norm(self.b(x)) if "b" in self.use else x
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+def test_a_pass_without_a_layer_leaves_its_average_alone(kfac_approx, decay):
+    model, x = Branches(), torch.randn(6, 4)
+    kfac = KFAC(model, config(kfac_approx=kfac_approx, factor_decay=decay))
+    step(model, kfac, x, "gaussian")
+    before = kfac.curvature()
+    model.use = "a"
+    step(model, kfac, x, "gaussian")
+    after = kfac.curvature()
+    assert before.keys() == after.keys()
+    for name in ("b", "norm", "scale"):
+        for key, value in vars(before[name]).items():
+            assert value is vars(after[name])[key] or torch.equal(
+                torch.as_tensor(value), torch.as_tensor(vars(after[name])[key])
+            )
+    assert not torch.equal(before["a"].gradient_covariance, after["a"].gradient_covariance)
+
+
+def test_a_layer_missing_in_the_first_pass_becomes_one_when_it_is_called(caplog):
+    model, x = Branches(), torch.randn(6, 4)
+    model.use = "a"
+    kfac = KFAC(model, config())
+    step(model, kfac, x, "gaussian")
+    assert "b, norm" in caplog.text
+    assert {"b.weight", "b.bias", "norm.weight"} <= {row.name for row in kfac.report()}
+    resumed = KFAC(model, config())
+    resumed.load_state_dict(kfac.state_dict())
+    model.use = "ab"
+    for _ in range(2):  # seen in the first, with factors from the second on
+        for each in (kfac, resumed):
+            step(model, each, x, "gaussian")
+    assert {row.name for row in kfac.report()} == {"a", "b", "norm", "scale"}
+    fresh = KFAC(model, config())
+    step(model, fresh, x, "gaussian")
+    for each in (kfac, resumed):
+        for name in ("b", "norm"):
+            for key, value in vars(fresh.curvature()[name]).items():
+                found = vars(each.curvature()[name])[key]
+                torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(value))
+
+
+def test_freezing_and_unfreezing_is_followed():
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(6, 4)
+    kfac = KFAC(model, config(factor_update_steps=50, inverse_update_steps=50, early_updates=False))
+    step(model, kfac, x)
+    model[0].requires_grad_(False)
+    assert kfac.factors_due
+    step(model, kfac, x)
+    assert kfac.curvature().keys() == {"2"}
+    assert not kfac.factors_due
+    model[0].requires_grad_(True)
+    step(model, kfac, x)
+    assert kfac.curvature().keys() == {"0", "2"}
+    fresh = KFAC(model, config())
+    expected = {}
+    for each in (fresh, kfac):
+        if each is kfac:
+            each.load_state_dict(fresh.state_dict())
+        step(model, each, x)
+        expected[each] = model[0].weight.grad.clone()
+    torch.testing.assert_close(expected[fresh], expected[kfac])
+
+
+def test_a_missing_gradient_of_the_bias_does_not_stop_the_weight():
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(6, 4)
+    kfac = KFAC(model, config())
+    with kfac.record():
+        logits = model(x)
+    kfac.update(logits, "categorical")
+    logits.square().mean().backward()
+    plain = model[0].weight.grad.clone()
+    model[0].bias.grad = None
+    kfac.precondition()
+    assert model[0].bias.grad is None
+    assert not torch.allclose(plain, model[0].weight.grad)
+
+
+def test_excluded_layers_are_not_layers():
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.Sequential(nn.Linear(5, 3))), torch.randn(6, 4)
+    kfac = KFAC(model, config(exclude=("1",)))
+    step(model, kfac, x)
+    assert {row.name: row.reason for row in kfac.report()} == {
+        "0": "", "1.0.weight": "excluded", "1.0.bias": "excluded",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="exclude names '2'.*no module"):
+        KFAC(model, config(exclude=("2",)))
+    with pytest.raises(ValueError, match="tuple of names"):
+        config(exclude="1")
+
+
+def test_a_compiled_model_is_recorded_uncompiled():
+    inner, x = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), torch.randn(6, 4)
+    compiled = torch.compile(inner, backend="eager")
+    compiled(x)
+    kfac = KFAC(compiled, config())
+    if hasattr(torch.compiler, "set_stance"):
+        step(compiled, kfac, x)
+        assert kfac.curvature().keys() == {"0", "2"}
+    else:
+        with pytest.raises(RuntimeError, match="the model is compiled"):
+            step(compiled, kfac, x)
+
+
+# ---- errors that say what to do ------------------------------------------------------------------
+
+
+def net():
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def test_logits_of_another_pass_are_refused():
+    model, x = net(), torch.randn(6, 4)
+    kfac = KFAC(model, config())
+    with kfac.record():
+        old = model(x)
+    with kfac.record():
+        model(x)
+    with pytest.raises(GraphError, match="another forward pass"):
+        kfac.update(old, "categorical")
+
+
+def test_logits_without_a_graph_are_refused():
+    model, x = net(), torch.randn(6, 4)
+    kfac = KFAC(model, config())
+    with kfac.record():
+        logits = model(x)
+    with pytest.raises(RuntimeError, match="no graph"):
+        kfac.update(logits.detach(), "categorical")
+    kfac.update(logits, "categorical")  # the recording is still there
+
+
+def test_update_after_the_backward_pass_is_refused():
+    model, x = net(), torch.randn(6, 4)
+    kfac = KFAC(model, config())
+    with kfac.record():
+        logits = model(x)
+    logits.sum().backward()
+    with pytest.raises(GraphError, match="before the loss's backward pass"):
+        kfac.update(logits, "categorical")
+
+
+def test_a_wrong_likelihood_leaves_the_recording():
+    model, x = net(), torch.randn(6, 4)
+    kfac = KFAC(model, config())
+    with kfac.record():
+        logits = model(x)
+    with pytest.raises(ValueError, match="likelihood must be one of"):
+        kfac.update(logits, "softmax")
+    kfac.update(logits, "categorical")
+
+
+def test_names_in_a_sharing_rule_are_checked():
+    model, x = net(), torch.randn(6, 4)
+    rows = Segments.from_sizes(torch.tensor([2, 4]))
+    with pytest.raises(SharingError, match="'O', which is no layer"):
+        kronecker_factors(
+            model, x, likelihood="gaussian", kfac_approx="expand", sharing={"O": rows}
+        )
+    kfac = KFAC(model, config())
+    with pytest.raises(SharingError, match="'3.linear'"), kfac.record({"3.linear": rows}):
+        pass
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+def test_segments_need_an_id_for_every_row(kfac_approx):
+    rows = Segments.from_sizes(torch.tensor([2, 3]))
+    for model in (net(), nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2))):
+        with pytest.raises(SharingError, match="layer '0'.*5 ids for 6 rows"):
+            curvature(
+                model, torch.randn(6, 4), likelihood="gaussian", kfac_approx=kfac_approx,
+                sharing=rows,
+            )  # fmt: skip
+    with pytest.raises(SharingError, match="range from 0 to 2"):
+        Segments(torch.tensor([0, 1, 2]), 2)
+
+
+def test_reduce_needs_the_same_examples_in_all_calls():
+    class Uneven(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.linear(x) + self.linear(x[:3]).sum(0)
+
+    with pytest.raises(SharingError, match="6 and 3 examples"):
+        kronecker_factors(Uneven(), torch.randn(6, 4), likelihood="gaussian", kfac_approx="reduce")
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "targets", "message"),
+    [
+        (Gaussian(), torch.zeros(6), "would be broadcast"),
+        (Bernoulli(), torch.zeros(6, 1), "would be broadcast"),
+        (Categorical(), torch.zeros(6, 1, dtype=int), "class indices have the shape"),
+        (Categorical(ignore_index=-1), torch.zeros(6, 3), "needs class indices"),
+    ],
+)
+def test_targets_of_another_shape_are_refused(likelihood, targets, message):
+    with pytest.raises(ValueError, match=message):
+        list(
+            likelihood.would_be_gradients(
+                torch.randn(6, 3), fisher_type="empirical", targets=targets
+            )
+        )
+
+
+def test_negative_weights_are_refused():
+    weights = torch.tensor([1.0, -0.5, 1.0])
+    with pytest.raises(ValueError, match="negative weights"):
+        list(
+            Categorical().would_be_gradients(torch.randn(3, 2), fisher_type="type-2", mask=weights)
+        )
+
+
+def test_layers_without_a_shape_are_refused():
+    with pytest.raises(ValueError, match="run one forward pass"):
+        KFAC(nn.Sequential(nn.LazyLinear(3)), config())
+
+
+def test_layers_without_entries_and_complex_ones_are_left_out():
+    model = nn.ModuleDict({
+        "none": nn.Linear(3, 0), "complex": nn.Linear(3, 2, dtype=torch.complex128),
+        "good": nn.Linear(3, 2),
+    })  # fmt: skip
+    reasons = {row.name: row.reason for row in KFAC(model, config()).report()}
+    assert reasons["none.weight"] == "parameters without entries"
+    assert reasons["complex.weight"] == "complex parameters"
+    assert reasons["good"] == ""
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+def test_an_empty_batch_is_dropped(kfac_approx):
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, groups=2), nn.ConvTranspose2d(4, 2, 2, groups=2), nn.Flatten(2), Mean(),
+    )  # fmt: skip
+    kfac = KFAC(model, config(kfac_approx=kfac_approx, fisher_type="mc"))
+    step(model, kfac, torch.randn(0, 2, 5, 5), "gaussian")
+    assert kfac.failures["statistics"] == 1
+    step(model, kfac, torch.randn(3, 2, 5, 5), "gaussian")
+    assert kfac.curvature().keys() == {"0", "1"}
+
+
+# ---- memory runs out -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["forward", "gradient"])
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+def test_when_memory_runs_out_the_old_factors_stay_and_fewer_rows_are_used(
+    kfac_approx, when, monkeypatch, caplog
+):
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(8, 4)
+    kfac = KFAC(model, config(kfac_approx=kfac_approx))
+    step(model, kfac, x)
+    before = kfac.curvature()
+    name = f"{kfac_approx.capitalize()}Collector.{when}"
+
+    def out(*args, **options):
+        raise torch.OutOfMemoryError("no memory left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"submission.kfac.statistics.{name}", out)
+        step(model, kfac, x)
+    assert kfac.failures["memory"] == 1
+    assert "layer '0'" in caplog.text or "layer '2'" in caplog.text
+    assert "50 % of the examples" in caplog.text
+    for layer, factors in kfac.curvature().items():
+        assert torch.equal(factors.input_covariance, before[layer].input_covariance)
+    step(model, kfac, x)  # now with the first half of the examples
+    ones = torch.cat([x[:4], torch.ones(4, 1)], 1)
+    torch.testing.assert_close(kfac.curvature()["0"].input_covariance, ones.T @ ones / 4)
+    half = KFAC(model, config(kfac_approx=kfac_approx))
+    step(model, half, x[:4])
+    torch.testing.assert_close(
+        kfac.curvature()["0"].gradient_covariance, half.curvature()["0"].gradient_covariance
+    )
+    assert kfac.state_dict()["examples_share"] == 0.5
