@@ -364,7 +364,7 @@ cmd_compare() {
 }
 
 cmd_experiments() {
-  if [[ "${1:-}" == marginal_likelihood || "${1:-}" == all ]]; then
+  if [[ "${1:-}" == marginal_likelihood || "${1:-}" == optimizers || "${1:-}" == all ]]; then
     ready experiments
   else
     ready quickstart

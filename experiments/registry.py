@@ -77,6 +77,14 @@ EXPERIMENTS = (
         "2 minutes",
         "nothing; CIFAR-10 with --data-dir",
     ),
+    Experiment(
+        "optimizers",
+        "not in it",
+        "ours against SOAP, Muon, Shampoo, NAdamW and Nesterov on four small real tasks",
+        "many hours; minutes with --small",
+        "./run.sh setup --experiments; CIFAR-10 with --data-dir",
+        extra=True,
+    ),
 )
 
 

@@ -1,0 +1,164 @@
+"""The study's tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from experiments.optimizers import ablation, timing
+from experiments.optimizers.logs import Log
+from experiments.optimizers.methods import METHODS, Point, point_key
+from experiments.optimizers.summary import (
+    TaskLogs,
+    best_values,
+    carried_over,
+    mean_ratio,
+    reached,
+    target_of,
+)
+from experiments.tables import Table, mean_and_error, plus_minus
+
+REFERENCE = "nadamw"
+RIVAL = "soap"
+OURS = tuple(name for name in METHODS if name.startswith("kfac_"))
+
+
+def tables(tasks: Sequence[TaskLogs], folder: Path) -> list[Table]:
+    """All tables, task by task, then how settings carry over."""
+    found: list[Table] = []
+    for task in tasks:
+        seconds = timing.read(folder, task.task, task.setting)
+        for reference in (REFERENCE, RIVAL):
+            if reference in task.seeds:
+                found.append(to_target(task, reference, seconds))
+        found += [*tuning(task), *ablations(task)]
+    if len(tasks) > 1:
+        found += carrying(tasks)
+    return found
+
+
+def title(task: TaskLogs) -> str:
+    """Names the task, its data and its budget."""
+    s = task.setting
+    return f"{task.task} ({s['data']}; {s['steps']} steps, batch {s['batch_size']})"
+
+
+def to_target(task: TaskLogs, reference: str, seconds: Mapping[str, Sequence[float]]) -> Table:
+    """Steps and seconds of every method to what the reference's worst seed reaches."""
+    target = target_of(task.seeds[reference])
+    label = METHODS[reference].label
+    sign = ">=" if task.higher_is_better else "<="
+    header = (
+        "method", "best in budget", "reached", "steps", f"steps / {label}", "seconds",
+        f"seconds / {label}", f"time per step / {label}",
+    )  # fmt: skip
+    if target is None:
+        return Table(f"{title(task)}: a seed of {label} gave no finite metric", header, ())
+    base = reached(task.seeds[reference], target)
+    rows = []
+    for name, runs in task.seeds.items():
+        own = reached(runs, target)
+        cells = ["-"] * 4
+        if own.all_did:
+            cells = [plus_minus(own.steps, 0), _ratio(own.steps, base.steps),
+                     plus_minus(own.seconds, 1), _ratio(own.seconds, base.seconds)]  # fmt: skip
+        rows.append(
+            (METHODS[name].label, plus_minus(best_values(runs)) if best_values(runs) else "-",
+             f"{len(own.steps)}/{own.runs}", *cells, _per_step(seconds, name, reference))
+        )  # fmt: skip
+    what = f"{task.metric} {sign} {target:.3f}, which the worst seed of tuned {label} just reaches"
+    return Table(f"{title(task)}: {what}", header, tuple(rows))
+
+
+def tuning(task: TaskLogs) -> list[Table]:
+    """Every point of every method, and the best metric of its run."""
+    rows = []
+    for name, tried in task.tuning.items():
+        chosen = task.chosen(name)
+        for log in tried:
+            mark = " (chosen)" if log is chosen else ""
+            value = "-" if log.best is None else f"{log.best:.3f}"
+            ended = " (ended early)" if log.outcome.problem else ""
+            rows.append((METHODS[name].label, shown(log.run.point, tried) + mark, value + ended))
+    if not rows:
+        return []
+    return [Table(f"{title(task)}: tuning, one run a point", ("method", "point", task.metric),
+                  tuple(rows))]  # fmt: skip
+
+
+def shown(point: Point, among: Sequence[Log]) -> str:
+    """The parts of a point in which the points of its method differ."""
+    varied = [
+        name
+        for name in point
+        if len({point_key({"": log.run.point.get(name)}) for log in among}) > 1
+    ]
+    return ", ".join(f"{name} {point[name]}" for name in varied)
+
+
+def ablations(task: TaskLogs) -> list[Table]:
+    """Each change of the base, its best metric and its steps to the reference's target."""
+    if ablation.BASE not in task.tuning or not task.ablation:
+        return []
+    base = task.chosen(ablation.BASE).run.point
+    target = target_of(task.seeds[REFERENCE]) if REFERENCE in task.seeds else None
+    rows = []
+    for change in ablation.changes(base):
+        runs = task.ablation.get(point_key(change.point), ())
+        if not runs:
+            continue
+        steps = "-"
+        if target is not None:
+            own = reached(runs, target)
+            steps = plus_minus(own.steps, 0) if own.all_did else f"{len(own.steps)}/{own.runs}"
+        values = best_values(runs)
+        per_step = [log.outcome.seconds / log.outcome.evaluations[-1].step
+                    for log in runs if log.outcome.evaluations]  # fmt: skip
+        rows.append(
+            (change.what, change.value, str(len(runs)), plus_minus(values) if values else "-",
+             steps, plus_minus(per_step) if per_step else "-")
+        )  # fmt: skip
+    goal = f"steps to {METHODS[REFERENCE].label}'s target"
+    header = ("changed", "to", "seeds", task.metric, goal, "seconds per step")
+    name = METHODS[ablation.BASE].label
+    at = ", ".join(f"{what} {value}" for what, value in ablation.base_values(base).items())
+    return [Table(f"{title(task)}: one setting of {name} changed at a time; base: {at}", header,
+                  tuple(rows))]  # fmt: skip
+
+
+def carrying(tasks: Sequence[TaskLogs]) -> list[Table]:
+    """Single settings on all tasks, from the tuning runs."""
+    if not all(REFERENCE in task.tuning for task in tasks):
+        return []
+    header = ("setting", *(f"{task.task}: steps, metric behind best" for task in tasks))
+    rows = []
+    for found in carried_over(tasks, OURS)[:12]:
+        cells = []
+        for task in tasks:
+            slow = found.slowdown[task.task]
+            cells.append(
+                ("-" if slow is None else f"{slow:.2f}") + f", {found.loss[task.task]:.3f}"
+            )
+        others = {
+            k: v for k, v in found.others.items() if k in ("damping", "beta2", "factor_decay")
+        }
+        text = ", ".join(f"{k} {v}" for k, v in others.items())
+        rows.append(
+            (f"{METHODS[found.method].label}, {found.multiple:.2g} x NAdamW's rate, {text}", *cells)
+        )
+    name = "One setting for all tasks, tuning runs: steps to NAdamW's best over the fewest of ours"
+    return [Table(name, header, tuple(rows))] if rows else []
+
+
+def _ratio(a: Sequence[float], b: Sequence[float]) -> str:
+    ratio, error = mean_ratio(a, b)
+    return f"{ratio:.2f}" if error != error else f"{ratio:.2f} ± {error:.2f}"
+
+
+def _per_step(seconds: Mapping[str, Sequence[float]], name: str, reference: str) -> str:
+    """Mean and standard error of the ratios of the rounds, in which both took turns."""
+    if name not in seconds or reference not in seconds:
+        return "-"
+    ratios = [a / b for a, b in zip(seconds[name], seconds[reference], strict=True)]
+    mean, error = mean_and_error(ratios)
+    return f"{mean:.2f}" if error != error else f"{mean:.2f} ± {error:.2f}"

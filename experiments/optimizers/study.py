@@ -1,0 +1,122 @@
+"""Which runs there are, in which order, and doing them.
+
+1. *Tuning*: every point of every method, one run each with a seed of its own.
+2. *Seeds*: the point whose tuning run had the best metric, with the seeds of the study.
+3. *Timing*: steps of all methods taken in turns, since other work on the machine changes speeds.
+4. *Ablation*: one setting of the best of ours changed at a time.
+
+A run that has a log is not done again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.optimizers import ablation, logs
+from experiments.optimizers.logs import Log, Run
+from experiments.optimizers.methods import METHODS, Method, Point, find, point_key
+from experiments.optimizers.tasks import Task
+from experiments.optimizers.training import train
+
+TUNING_SEED = 100
+PHASES = ("tuning", "seeds", "timing", "ablation")
+
+
+@dataclass
+class Study:
+    """The runs of some tasks and methods in one folder.
+
+    Attributes:
+        folder: of the logs.
+        tasks, methods: what is studied; methods by name.
+        seeds: of the runs after tuning.
+    """
+
+    folder: Path
+    tasks: Sequence[Task]
+    methods: Sequence[str]
+    seeds: Sequence[int]
+
+    def tuning(self) -> Iterator[tuple[Task, Run]]:
+        """All tuning runs."""
+        for task in self.tasks:
+            for name in self.methods:
+                for point in find(name).points:
+                    yield task, Run(task.name, task.setting, name, point, TUNING_SEED)
+
+    def after_tuning(self) -> Iterator[tuple[Task, Run]]:
+        """The runs with the study's seeds, of methods whose tuning is complete."""
+        for seed in self.seeds:
+            for task in self.tasks:
+                for name in self.methods:
+                    point = chosen_point(self.folder, task, METHODS[name])
+                    if point is not None:
+                        yield task, Run(task.name, task.setting, name, point, seed)
+
+    def ablation(self) -> Iterator[tuple[Task, Run]]:
+        """The base of the ablation and its changes, with the study's seeds."""
+        for seed in self.seeds:
+            for task in self.tasks:
+                base = ablation.base_point(
+                    lambda method, task=task: chosen_point(  # type: ignore[misc]
+                        self.folder, task, method
+                    )
+                )
+                for change in ablation.changes(base) if base is not None else ():
+                    yield task, Run(task.name, task.setting, ablation.NAME, change.point, seed)
+
+
+def chosen_point(folder: Path, task: Task, method: Method) -> Point | None:
+    """The point with the best metric in tuning; None while tuning is not complete."""
+    found: list[Log] = []
+    for point in method.points:
+        path = Run(task.name, task.setting, method.name, point, TUNING_SEED).path(folder)
+        if not path.exists():
+            return None
+        found.append(logs.read(path))
+    return best_of(found).run.point
+
+
+def best_of(tuning: Iterable[Log]) -> Log:
+    """The log with the best metric; of equal ones the first."""
+    return max(tuning, key=lambda log: log.score)
+
+
+def missing(folder: Path, runs: Iterable[tuple[Task, Run]]) -> list[tuple[Task, Run]]:
+    """The runs without a log, each once."""
+    left = {run.path(folder): (task, run) for task, run in runs}
+    return [pair for path, pair in left.items() if not path.exists()]
+
+
+def do(folder: Path, task: Task, run: Run, build: Method | None = None) -> Log | None:
+    """Does a run and writes its log; None if another process has it.
+
+    Raises:
+        QuickstartError: the folder cannot be written, or a package is missing.
+    """
+    method = build or METHODS.get(run.method, ablation.METHOD)
+    with logs.claimed(run.path(folder)) as mine:
+        if not mine:
+            return None
+        outcome = train(task, method, run.point, run.seed)
+        log = Log(run, task.metric, task.higher_is_better, outcome, logs.context())
+        logs.write(folder, log)
+        return log
+
+
+def do_all(
+    folder: Path, runs: Iterable[tuple[Task, Run]], tell: Callable[[int, int, Log], None]
+) -> None:
+    """Does all runs that are missing; `tell` gets the number done, their number, and the log."""
+    left = missing(folder, runs)
+    for number, (task, run) in enumerate(left, 1):
+        log = do(folder, task, run)
+        if log is not None:
+            tell(number, len(left), log)
+
+
+def same_point(a: Point, b: Point) -> bool:
+    """Whether two points are equal."""
+    return point_key(a) == point_key(b)

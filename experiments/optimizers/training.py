@@ -1,0 +1,108 @@
+"""One training run: the same loop for every method."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from experiments import results
+from experiments.optimizers.methods import WARMUP_FRACTION, Method, Point, Stepper
+from experiments.optimizers.tasks import Batch, Task
+from submission.kfac import KFACError
+from submission.schedules import ScheduleShape, warmup_linear
+
+# What the engine and torch raise once numbers have grown too large.
+DIVERGED = (KFACError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """After `step` steps, which took `seconds` without evaluations: the metric and the last loss.
+
+    `metric` is None if it was not finite.
+    """
+
+    step: int
+    seconds: float
+    metric: float | None
+    loss: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run gave. `problem` says why it ended early, if it did."""
+
+    evaluations: tuple[Evaluation, ...]
+    seconds: float
+    problem: str | None
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values."""
+        return asdict(self)
+
+
+def schedule(steps: int) -> ScheduleShape:
+    """Linear warm-up, then linear decay to zero."""
+    return ScheduleShape(steps, int(WARMUP_FRACTION * steps))
+
+
+def train_step(task: Task, model: nn.Module, stepper: Stepper, batch: Batch) -> torch.Tensor:
+    """One step; returns the loss, which may be on a GPU still."""
+    kfac = stepper.kfac
+    stepper.optimizer.zero_grad(set_to_none=True)
+    if kfac is not None and kfac.factors_due:
+        with kfac.record(task.sharing(model, batch)):
+            logits = model(batch["inputs"])
+        kfac.update(logits, task.likelihood, mask=batch.get("weights"), targets=batch["targets"])
+    else:
+        logits = model(batch["inputs"])
+    loss = task.loss(logits, batch)
+    torch.autograd.backward(loss)
+    if kfac is not None:
+        kfac.precondition()
+    stepper.optimizer.step()
+    return loss.detach()
+
+
+def train(task: Task, method: Method, point: Point, seed: int) -> Outcome:
+    """Trains for the task's number of steps, with an evaluation every few of them."""
+    model = task.make_model(seed)
+    model.train()
+    stepper = method.build(model, task, point, seed)
+    batches, shape = iter(task.batches(seed)), schedule(task.length.steps)
+    evaluations: list[Evaluation] = []
+    seconds = 0.0
+    problem = None
+    for step in range(task.length.steps):
+        start = time.perf_counter()
+        try:
+            loss = _one(task, model, stepper, batches, warmup_linear(step, shape))
+        except DIVERGED as error:
+            problem = f"step {step}: {type(error).__name__}: {error}"
+            break
+        results.synchronize(task.device)
+        seconds += time.perf_counter() - start
+        done = step + 1
+        if done % task.length.eval_every == 0 or done == task.length.steps:
+            value = float(loss)
+            if not math.isfinite(value):
+                problem = f"step {done}: the loss is {value}"
+                break
+            metric = task.evaluate(model)
+            evaluations.append(
+                Evaluation(done, seconds, metric if math.isfinite(metric) else None, value)
+            )
+    return Outcome(tuple(evaluations), seconds, problem)
+
+
+def _one(
+    task: Task, model: nn.Module, stepper: Stepper, batches: Iterator[Batch], factor: float
+) -> torch.Tensor:
+    batch = next(batches)
+    stepper.scale_learning_rates(factor)
+    return train_step(task, model, stepper, batch)
