@@ -473,6 +473,9 @@ class KFAC:
         if parts.names != list(state["parts"]):
             differing = sorted(set(parts.names) ^ set(state["parts"]))
             raise ValueError(f"K-FAC state belongs to another model: it differs in {differing[:5]}")
+        if self.config.inverse_placement == "one_rank" and parts.owners:
+            # The checkpoint has those of one rank: all make theirs anew, at the same step.
+            restored.inverses_stale = True
         self._state, self._parts = restored, parts
         self._generator.set_state(state["generator"].cpu())
         self._recordings, self._accumulated, self._reduction = {}, None, None

@@ -32,10 +32,7 @@ class Net(nn.Module):
 
     def forward(self, x):
         x = self.norm(self.conv(x).mean(-1))
-        if self.with_wide:
-            x = self.wide(x).tanh()
-        else:
-            x = torch.cat([x, x[:, :3]], 1).tanh()
+        x = (self.wide(x) if self.with_wide else torch.cat([x, x[:, :3]], 1)).tanh()
         return self.scale * self.last(x)
 
 

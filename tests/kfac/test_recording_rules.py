@@ -250,7 +250,7 @@ def test_excluded_layers_are_not_layers():
     assert {row.name: row.reason for row in kfac.report()} == {
         "0": "", "1.0.weight": "excluded", "1.0.bias": "excluded",
     }  # fmt: skip
-    with pytest.raises(ValueError, match="exclude names '2'.*no module"):
+    with pytest.raises(ValueError, match=r"exclude names '2'.*no module"):
         KFAC(model, config(exclude=("2",)))
     with pytest.raises(ValueError, match="tuple of names"):
         config(exclude="1")
@@ -325,7 +325,7 @@ def test_names_in_a_sharing_rule_are_checked():
             model, x, likelihood="gaussian", kfac_approx="expand", sharing={"O": rows}
         )
     kfac = KFAC(model, config())
-    with pytest.raises(SharingError, match="'3.linear'"), kfac.record({"3.linear": rows}):
+    with pytest.raises(SharingError, match=r"'3\.linear'"), kfac.record({"3.linear": rows}):
         pass
 
 
@@ -333,7 +333,7 @@ def test_names_in_a_sharing_rule_are_checked():
 def test_segments_need_an_id_for_every_row(kfac_approx):
     rows = Segments.from_sizes(torch.tensor([2, 3]))
     for model in (net(), nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2))):
-        with pytest.raises(SharingError, match="layer '0'.*5 ids for 6 rows"):
+        with pytest.raises(SharingError, match=r"layer '0'.*5 ids for 6 rows"):
             curvature(
                 model, torch.randn(6, 4), likelihood="gaussian", kfac_approx=kfac_approx,
                 sharing=rows,
