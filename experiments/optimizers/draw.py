@@ -32,7 +32,7 @@ def curves(tasks: Sequence[TaskLogs], path: Path) -> bool:
             colour, style = STYLES[name]
             axis.plot(steps, mean, style, color=colour, label=METHODS[name].label, linewidth=1.3)
             axis.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.15, lw=0)
-        axis.set_title(task.task)
+        axis.set_title(task.name)
         axis.set_xlabel("steps")
         axis.set_ylabel(task.metric)
         if not task.higher_is_better:

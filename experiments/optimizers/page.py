@@ -60,7 +60,7 @@ def how(tasks: Sequence[TaskLogs], found: Sequence[Log]) -> str:
         missing = [m.label for name, m in METHODS.items() if name not in task.seeds]
         seeds = sorted({log.run.seed for runs in task.seeds.values() for log in runs})
         text = (
-            f"- {task.task}: {task.setting['data']}; seeds {', '.join(map(str, seeds)) or 'none'}"
+            f"- {task.name}: {task.setting['data']}; seeds {', '.join(map(str, seeds)) or 'none'}"
         )
         lines.append(text + (f"; not run: {', '.join(missing)}." if missing else "."))
     ended = [log for log in found if log.outcome.problem]

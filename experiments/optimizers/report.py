@@ -130,14 +130,14 @@ def carrying(tasks: Sequence[TaskLogs]) -> list[Table]:
     """Single settings on all tasks, from the tuning runs."""
     if not all(REFERENCE in task.tuning for task in tasks):
         return []
-    header = ("setting", *(f"{task.task}: steps, metric behind best" for task in tasks))
+    header = ("setting", *(f"{task.name}: steps, metric behind best" for task in tasks))
     rows = []
     for found in carried_over(tasks, OURS)[:12]:
         cells = []
         for task in tasks:
-            slow = found.slowdown[task.task]
+            slow = found.slowdown[task.name]
             cells.append(
-                ("-" if slow is None else f"{slow:.2f}") + f", {found.loss[task.task]:.3f}"
+                ("-" if slow is None else f"{slow:.2f}") + f", {found.loss[task.name]:.3f}"
             )
         others = {
             k: v for k, v in found.others.items() if k in ("damping", "beta2", "factor_decay")

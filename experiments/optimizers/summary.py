@@ -31,6 +31,11 @@ class TaskLogs:
     seeds: Mapping[str, Sequence[Log]]
     ablation: Mapping[str, Sequence[Log]]
 
+    @property
+    def name(self) -> str:
+        """Tells it from the same task in another length."""
+        return f"{self.task}, {self.setting['steps']} steps"
+
     def chosen(self, method: str) -> Log:
         """The tuning run that had the best metric."""
         return best_of(self.tuning[method])
@@ -157,19 +162,19 @@ def carried_over(tasks: Sequence[TaskLogs], methods: Sequence[str]) -> list[Carr
         target = task.chosen("nadamw").best
         all_logs = [entry[3] for entry in settings.values()]
         hits = [log.first_at(target) for log in all_logs] if target is not None else []
-        fewest[task.task] = min((hit.step for hit in hits if hit is not None), default=None)
-        top[task.task] = max((log.score for log in all_logs), default=float("-inf"))
+        fewest[task.name] = min((hit.step for hit in hits if hit is not None), default=None)
+        top[task.name] = max((log.score for log in all_logs), default=float("-inf"))
     found = []
     for key in [k for k in (per_task[0] if per_task else {}) if all(k in s for s in per_task)]:
         slowdown: dict[str, float | None] = {}
         loss: dict[str, float] = {}
         method, multiple, others, _ = per_task[0][key]
         for task, settings in zip(tasks, per_task, strict=True):
-            log, least = settings[key][3], fewest[task.task]
+            log, least = settings[key][3], fewest[task.name]
             target = task.chosen("nadamw").best
             hit = None if target is None else log.first_at(target)
-            slowdown[task.task] = None if hit is None or not least else hit.step / least
-            loss[task.task] = top[task.task] - log.score
+            slowdown[task.name] = None if hit is None or not least else hit.step / least
+            loss[task.name] = top[task.name] - log.score
         found.append(Carried(method, multiple, others, slowdown, loss))
     return sorted(found, key=lambda c: (c.worst, sum(c.loss.values())))
 

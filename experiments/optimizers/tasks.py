@@ -260,7 +260,7 @@ class Sizes:
 
 DEFAULT = Sizes(
     {
-        "molecules": Length(300, 20, 128),
+        "molecules": Length(500, 25, 128),
         "vit": Length(300, 20, 64),
         "wide_resnet": Length(300, 20, 64),
         "gpt": Length(300, 20, 32),

@@ -233,8 +233,8 @@ def test_settings_carry_over_by_the_distance_to_the_reference() -> None:
     tasks[1] = dataclasses.replace(tasks[1], task="other")
     first = summary.carried_over(tasks, ["kfac_reduce_nadamw"])[0]
     assert first.multiple == 1
-    assert first.slowdown == {"rings": 1.0, "other": 1.0}
-    assert first.loss == {"rings": 0.0, "other": 0.0}
+    assert first.slowdown == {"rings, 40 steps": 1.0, "other, 40 steps": 1.0}
+    assert first.loss == {"rings, 40 steps": 0.0, "other, 40 steps": 0.0}
     assert (
         report.carrying(tasks)[0].rows[0][0].startswith("K-FAC-reduce, NAdamW, 1 x NAdamW's rate")
     )
