@@ -54,7 +54,8 @@ class Hyperparameters:
     Args:
         kfac_approx: "expand", "reduce", "auto" (see `kfac.KFACConfig`), or "none": the update rule
             on the plain gradient, which is the reference of a comparison.
-        update_rule: what consumes the preconditioned gradient: "nesterov" or "nadamw".
+        update_rule: what consumes the preconditioned gradient: "nesterov" or "nadamw"; or
+            "eigenbasis_adam", Adam in the eigenbasis of the factors.
         learning_rate: peak of the schedule.
         beta1: momentum (Nesterov), or decay of the first moment (NAdamW).
         beta2, epsilon: of NAdamW.
@@ -148,6 +149,8 @@ class Hyperparameters:
                 f"hyperparameter 'inverse_update_steps' is {self.inverse_update_steps}; it must "
                 f"be a multiple of 'factor_update_steps' ({self.factor_update_steps})"
             )
+        if self.update_rule == "eigenbasis_adam":
+            self._check_eigenbasis_adam()
         if self.eigenvalue_correction and self.damping_kind != "exact":
             raise HyperparameterError(
                 f"hyperparameter 'damping_kind' is {self.damping_kind!r}; it must be 'exact' with "
@@ -163,12 +166,29 @@ class Hyperparameters:
                 f"'training_steps' ({self.training_steps})"
             )
 
+    def _check_eigenbasis_adam(self) -> None:
+        wrong = {
+            "kfac_approx": self.kfac_approx == "none",
+            "eigenvalue_correction": self.eigenvalue_correction,
+            "adaptive_damping": self.adaptive_damping,
+        }
+        for name, given in wrong.items():
+            if given:
+                raise HyperparameterError(
+                    f"hyperparameter '{name}' is {getattr(self, name)!r}; update_rule "
+                    "'eigenbasis_adam' works in the eigenbasis of K-FAC's factors, without damping"
+                )
+
     def kfac_config(self, seed: int) -> KFACConfig | None:
         """The engine's settings, or None for kfac_approx="none"."""
         if self.kfac_approx == "none":
             return None
         shared = {f.name for f in fields(KFACConfig)} & {f.name for f in fields(self)}
-        return KFACConfig(seed=seed, **{name: getattr(self, name) for name in sorted(shared)})
+        settings = {name: getattr(self, name) for name in sorted(shared)}
+        if self.update_rule == "eigenbasis_adam":
+            settings |= {"direction": self.update_rule, "damping_kind": "exact"}
+            settings |= {"betas": (self.beta1, self.beta2)}
+        return KFACConfig(seed=seed, **settings)
 
 
 def _as_mapping(point: Any) -> Mapping[str, Any]:

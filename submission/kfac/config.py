@@ -11,6 +11,10 @@ from .placements import PLACEMENTS
 
 KFAC_APPROXES = ("expand", "reduce", "auto")
 FISHER_TYPES = ("mc", "type-2", "empirical")
+DIRECTIONS = {
+    "preconditioned": "the inverse of the damped curvature times the gradient",
+    "eigenbasis_adam": "Adam's update in the eigenbasis of the factors, see `eigenbasis_adam`",
+}
 FALLBACKS = ("diagonal", "gradient")
 
 
@@ -29,6 +33,10 @@ class KFACConfig:
         eigenvalue_correction: replace the eigenvalues of A ⊗ B by second moments in its
             eigenbasis (EKFAC); needs damping_kind "exact". Keeps all rows of a factor update in
             memory until the end of the step.
+        direction: see DIRECTIONS; "eigenbasis_adam" needs damping_kind "exact", whose eigenvectors
+            are its basis. It replaces `.grad` by a finished update, to be multiplied by a learning
+            rate; the damping has no part in it.
+        betas, epsilon: of "eigenbasis_adam", see there.
         factor_decay: weight of the old factors in the moving average; 0 keeps none.
         factor_update_steps: steps between updates of the factors.
         inverse_update_steps: steps between updates of the inverses; a multiple of the former.
@@ -52,6 +60,9 @@ class KFACConfig:
     damping_kind: str = "pi"
     relative_damping: bool = False
     eigenvalue_correction: bool = False
+    direction: str = "preconditioned"
+    betas: tuple[float, float] = (0.9, 0.99)
+    epsilon: float = 1e-8
     factor_decay: float = 0.0
     factor_update_steps: int = 10
     inverse_update_steps: int = 10
@@ -71,6 +82,8 @@ class KFACConfig:
         _check_choice("damping_kind", self.damping_kind, tuple(DAMPING_KINDS))
         _check_choice("ragged_scaling", self.ragged_scaling, tuple(RAGGED_SCALINGS))
         _check_choice("fallback", self.fallback, FALLBACKS)
+        _check_choice("direction", self.direction, tuple(DIRECTIONS))
+        self._check_eigenbasis()
         _check_choice("inverse_placement", self.inverse_placement, tuple(PLACEMENTS))
         if isinstance(self.exclude, str):
             raise ValueError(f"exclude must be a tuple of names, not the string {self.exclude!r}")
@@ -96,6 +109,28 @@ class KFACConfig:
                 f"inverse_update_steps ({self.inverse_update_steps}) must be a multiple of "
                 f"factor_update_steps ({self.factor_update_steps}): in between there is nothing "
                 "new to invert"
+            )
+
+    def _check_eigenbasis(self) -> None:
+        if any(not 0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be in [0, 1), not {self.betas}")
+        if not (math.isfinite(self.epsilon) and self.epsilon > 0):
+            raise ValueError(f"epsilon must be positive and finite, not {self.epsilon}")
+        if self.direction != "eigenbasis_adam":
+            return
+        wrong = {
+            "damping_kind": (self.damping_kind, "exact"),
+            "eigenvalue_correction": (self.eigenvalue_correction, False),
+        }
+        for name, (value, needed) in wrong.items():
+            if value != needed:
+                raise ValueError(
+                    f"direction 'eigenbasis_adam' needs {name}={needed!r}, not {value!r}"
+                )
+        if self.inverse_placement == "one_rank":
+            raise ValueError(
+                "direction 'eigenbasis_adam' keeps its moments on every rank: inverse_placement "
+                "must be 'every_rank' or 'exchanged'"
             )
 
 

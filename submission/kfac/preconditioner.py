@@ -31,6 +31,7 @@ from .capture import Recording
 from .config import KFACConfig
 from .curvature import Curvature, as_curvature
 from .distributed import Reduction
+from .eigenbasis_adam import count_step, direction, turn_second_moments
 from .gradients import read_gradient, write_gradient
 from .likelihoods import Likelihood, as_likelihood
 from .model_parts import ModelParts
@@ -53,6 +54,9 @@ class KFACError(RuntimeError):
 
 class KFAC:
     """Kronecker-factored preconditioner of a model's gradients.
+
+    With `KFACConfig(direction="eigenbasis_adam")` it writes Adam's update in the eigenbasis of the
+    factors in place of the preconditioned gradient.
 
     Args:
         model: any module; wrappers of DDP and torch.compile are looked through.
@@ -285,6 +289,9 @@ class KFAC:
             KFACError: `max_failures` updates in a row had to be dropped.
         """
         self.refresh()
+        if self.config.direction == "eigenbasis_adam":
+            self._step_in_eigenbasis()
+            return
         start = time.perf_counter()
         gradients: dict[str, Tensor] = {}
         for part in self._parts.partition.parts:
@@ -304,6 +311,29 @@ class KFAC:
             if part.name in gradients:
                 write_gradient(part, gradients[part.name])
         self._state.seconds["precondition"] += time.perf_counter() - start
+
+    def _step_in_eigenbasis(self) -> None:
+        start = time.perf_counter()
+        state, gradients = self._state, {}
+        for part in self._parts.partition.parts:
+            gradient = read_gradient(part)
+            if gradient is not None:
+                gradients[part.name] = gradient.to(statistics_dtype(gradient))
+        if gradients:
+            state.count, finite = count_step(state.count, list(gradients.values()))
+            for part in self._parts.partition.parts:
+                if part.name in gradients:
+                    update = direction(
+                        state.inverses.get(part.name, {}),
+                        state.moments.setdefault(part.name, {}),
+                        gradients[part.name],
+                        betas=self.config.betas,
+                        epsilon=self.config.epsilon,
+                        count=state.count,
+                        finite=finite,
+                    )
+                    write_gradient(part, update)
+        state.seconds["precondition"] += time.perf_counter() - start
 
     def _is_kept_by_one_rank(self, part: Part) -> bool:
         kept = self.config.inverse_placement == "one_rank"
@@ -325,10 +355,14 @@ class KFAC:
         if self._state.averages and (
             self.inverses_due or not self._state.inverses or self._state.inverses_stale
         ):
+            old = dict(self._state.inverses)
             for name in updates.renew_inverses(
                 self._state, self._preconditioned(), self._parts.owners, self.config
             ):
                 self._fail("inverse", f"the factors of layer '{name}' could not be inverted")
+            turn_second_moments(
+                self._state.moments, self._parts.partition.parts, old, self._state.inverses
+            )
         if accumulated is not None and self.config.eigenvalue_correction:
             assert accumulated.terms is not None
             updates.correct_eigenvalues(

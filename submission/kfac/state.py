@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .eigenbasis_adam import Moments
 from .inverses import Inverse
 from .statistics import Sums
 
@@ -43,6 +44,7 @@ class KFACState:
         shared_over: part name -> how its rows are shared, in words.
         averages: part name -> averages (see `curvature.average_sums`).
         inverses: part name -> inverse.
+        moments, count: of `eigenbasis_adam`: part name -> moments, and the number of steps in them.
     """
 
     damping: float
@@ -59,10 +61,12 @@ class KFACState:
     shared_over: dict[str, str] = field(default_factory=dict)
     averages: dict[str, Sums] = field(default_factory=dict)
     inverses: dict[str, Inverse] = field(default_factory=dict)
+    moments: dict[str, Moments] = field(default_factory=dict)
+    count: Tensor | None = None
 
     def keep_only(self, names: Collection[str]) -> None:
         """Forgets what is known of parts that are not among the names."""
-        for known in (self.averages, self.inverses, self.updates):
+        for known in (self.averages, self.inverses, self.updates, self.moments):
             for name in known.keys() - set(names):
                 del known[name]
 
@@ -84,6 +88,8 @@ class KFACState:
             "shared_over": dict(self.shared_over),
             "averages": {name: dict(sums) for name, sums in self.averages.items()},
             "inverses": {name: dict(inverse) for name, inverse in self.inverses.items()},
+            "moments": {name: dict(moments) for name, moments in self.moments.items()},
+            "count": self.count,
         }
 
     @classmethod
@@ -112,6 +118,8 @@ class KFACState:
             shared_over=dict(saved["shared_over"]),
             averages=_to_device(saved["averages"], device),
             inverses=_to_device(saved["inverses"], device),
+            moments=_to_device(saved["moments"], device),
+            count=None if saved["count"] is None else saved["count"].to(device, copy=True),
         )
 
 

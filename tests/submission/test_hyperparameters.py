@@ -86,3 +86,25 @@ def test_two_hundred_random_bad_points_give_the_one_kind_of_error():
             point[generator.choice(names)] = generator.choice(junk)
         with pytest.raises(HyperparameterError, match="hyperparameter"):
             Hyperparameters.from_tuning_point(point)
+
+
+@pytest.mark.parametrize("name", ["eigenvalue_correction", "adaptive_damping", "kfac_approx"])
+def test_eigenbasis_adam_refuses_what_it_has_no_use_for(name):
+    value = "none" if name == "kfac_approx" else True
+    point = {
+        "kfac_approx": "reduce", "update_rule": "eigenbasis_adam", "learning_rate": 0.01,
+        "damping_kind": "exact", name: value,
+    }  # fmt: skip
+    with pytest.raises(HyperparameterError, match=rf"'{name}'.*eigenbasis"):
+        Hyperparameters.from_tuning_point(point)
+
+
+def test_eigenbasis_adam_sets_what_it_needs():
+    point = {
+        "kfac_approx": "reduce", "update_rule": "eigenbasis_adam", "learning_rate": 0.01,
+        "beta1": 0.8, "beta2": 0.9, "epsilon": 1e-6,
+    }  # fmt: skip
+    config = Hyperparameters.from_tuning_point(point).kfac_config(seed=0)
+    assert config.direction == "eigenbasis_adam"
+    assert config.damping_kind == "exact"
+    assert (config.betas, config.epsilon) == ((0.8, 0.9), 1e-6)

@@ -1,0 +1,111 @@
+"""Adam in the eigenbasis of K-FAC's factors.
+
+K-FAC's factors say in which directions the curvature of a layer is diagonal: the eigenvectors
+Q_B ⊗ Q_A. Adam estimates a diagonal. So the second moment of the gradient G [P_out, P_in] is kept
+in that basis, as in SOAP (Vyas et al. 2024), whose basis comes from the gradients themselves:
+
+    M ← β₁ M + (1 - β₁) G                          first moment, not rotated
+    V ← β₂ V + (1 - β₂) (Q_Bᵀ G Q_A)²              second moment in the basis
+    M' = [β₁ M + (1 - β₁) G] / (1 - β₁ᵗ)           looks one step ahead (Nesterov)
+    Δ = Q_B [ Q_Bᵀ M' Q_A / (√(V / (1 - β₂ᵗ)) + ε) ] Q_Aᵀ
+
+When the basis turns by R (old to new), V turns along: entry by entry, squares of R are what the
+variances of uncorrelated entries are mixed with. Parts without factors are trained by Adam.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .inverses import Inverse
+from .statistics import Part
+
+Moments = dict[str, Tensor]  # first, second: in the part's canonical view
+
+
+def count_step(count: Tensor | None, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(number of steps so far, this one included; whether its gradients are all finite).
+
+    A step that is not finite does not count, and enters no moment. Nothing here waits for a device.
+    """
+    good = torch.stack([gradient.sum(dtype=torch.float64) for gradient in gradients])
+    finite = good.isfinite().all()
+    total = finite.to(torch.float64)
+    return (total if count is None else count + total), finite
+
+
+def direction(
+    basis: Mapping[str, Tensor],
+    moments: Moments,
+    gradient: Tensor,
+    *,
+    betas: tuple[float, float],
+    epsilon: float,
+    count: Tensor,
+    finite: Tensor,
+) -> Tensor:
+    """Δ of one part; its moments change in place.
+
+    Args:
+        basis: has "A.eigenvectors" [groups, P_in, P_in] and "B.eigenvectors" [groups, P_out,
+            P_out]; a side without stays as it is.
+        moments: of the part; empty in its first step.
+        gradient: in the canonical view (see `gradients`).
+        count, finite: see `count_step`.
+    """
+    if not moments:
+        moments["first"], moments["second"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+    first, second = moments["first"], moments["second"]
+    gradient = torch.where(finite, gradient, 0)
+    weight1, weight2 = ((1 - beta) * finite.to(gradient.dtype) for beta in betas)
+    first.lerp_(gradient, weight1)
+    second.lerp_(into_basis(basis, gradient).square(), weight2)
+    correction1, correction2 = (
+        (1 - beta**count).clamp(min=1 - beta).to(gradient.dtype) for beta in betas
+    )
+    ahead = into_basis(basis, first.lerp(gradient, weight1))
+    scaled = (ahead / correction1) / ((second / correction2).sqrt() + epsilon)
+    return out_of_basis(basis, scaled)
+
+
+def into_basis(basis: Mapping[str, Tensor], gradient: Tensor) -> Tensor:
+    """Q_Bᵀ G Q_A."""
+    q_a, q_b = basis.get("A.eigenvectors"), basis.get("B.eigenvectors")
+    rotated = gradient if q_b is None else q_b.mT @ gradient
+    return rotated if q_a is None else rotated @ q_a
+
+
+def out_of_basis(basis: Mapping[str, Tensor], rotated: Tensor) -> Tensor:
+    """Q_B G Q_Aᵀ."""
+    q_a, q_b = basis.get("A.eigenvectors"), basis.get("B.eigenvectors")
+    gradient = rotated if q_b is None else q_b @ rotated
+    return gradient if q_a is None else gradient @ q_a.mT
+
+
+def turn_second_moments(
+    moments: Mapping[str, Moments],
+    parts: Sequence[Part],
+    old: Mapping[str, Inverse],
+    new: Mapping[str, Inverse],
+) -> None:
+    """Takes the second moments of all parts whose basis has changed to the new one."""
+    for part in parts:
+        before, after = old.get(part.name, {}), new.get(part.name, {})
+        if part.name not in moments or before is after:
+            continue
+        second = moments[part.name]["second"]
+        for side in ("A", "B"):
+            q_before, q_after = (b.get(f"{side}.eigenvectors") for b in (before, after))
+            if q_before is None and q_after is None:
+                continue
+            if q_before is None or q_after is None:
+                turn = q_after if q_before is None else q_before.mT
+            else:
+                turn = q_before.mT @ q_after
+            assert turn is not None
+            squares = turn.square()
+            second = second @ squares if side == "A" else squares.mT @ second
+        moments[part.name]["second"] = second
