@@ -6,7 +6,8 @@ GraphsTuple), a multi-label loss by a mask with one entry per logit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .algoperf_compat import spec
 from .kfac import Bernoulli, Categorical, Gaussian, Likelihood, RaggedBatch, Segments
 from .kfac.partition import unwrap
 from .kfac.sharing import SharingRule
+from .padding import Forward, padded_rows, paddings_in
 
 GRAPH_FIELDS = ("nodes", "edges", "senders", "receivers", "n_node", "n_edge")
 
@@ -23,6 +25,21 @@ GRAPH_FIELDS = ("nodes", "edges", "senders", "receivers", "n_node", "n_edge")
 def is_graph(inputs: Any) -> bool:
     """Whether the inputs are a batch of graphs with jraph's fields."""
     return all(hasattr(inputs, name) for name in GRAPH_FIELDS)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits of a model's output: a tensor, or the first of a pair of logits and paddings.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    logits = output[0] if paddings_in(output) is not None else output
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"the model returned {type(output).__name__}; K-FAC needs a tensor of logits, or a "
+            "pair of logits [N, T, classes] and paddings [N, T] that are 0 or 1"
+        )
+    return logits
 
 
 def likelihood_of(loss_type: Any, logits: Tensor, batch: Mapping[str, Any]) -> Likelihood:
@@ -55,14 +72,43 @@ def likelihood_of(loss_type: Any, logits: Tensor, batch: Mapping[str, Any]) -> L
         # stands in for it: the same gradients' scale, a constant curvature.
         return Gaussian(variance=1.0)
     if loss_type == kind.CTC_LOSS:
-        return Categorical()  # the Fisher of the frame-wise distributions
+        # The Fisher of the frames' labels, of which the transcript is a function: an upper bound
+        # of the transcript's own, as in natural-gradient EM.
+        return Categorical()
     raise ValueError(f"no likelihood is known for the loss type {loss_type}")
 
 
-def mask_of(logits: Tensor, batch: Mapping[str, Any]) -> Tensor | None:
-    """The mask of the loss terms, or None."""
-    mask = batch.get("weights")
-    return mask if isinstance(mask, Tensor) else None
+def mask_of(output: Any, batch: Mapping[str, Any]) -> Tensor | None:
+    """The mask of the loss terms, or None where all of them count.
+
+    It is the batch's own; where that has none, frames that the model's output marks as padding do
+    not count. A mask with as many entries as there are logits gets their shape.
+    """
+    logits, mask = logits_of(output), batch.get("weights")
+    if not isinstance(mask, Tensor):
+        paddings = paddings_in(output)
+        return None if paddings is None else paddings == 0
+    if isinstance(output, Tensor) or mask.dim() != 1:
+        return mask.reshape(logits.shape) if mask.numel() == logits.numel() else mask
+    paddings = paddings_in(output)
+    return mask if paddings is None else (paddings == 0) * mask.unsqueeze(-1)
+
+
+def targets_of(logits: Tensor, batch: Mapping[str, Any]) -> Tensor | None:
+    """The labels, in the logits' shape if they are as many; None where there is none per term.
+
+    Transcripts come as a pair with their paddings and belong to no frame.
+    """
+    targets = batch.get("targets")
+    if not isinstance(targets, Tensor):
+        return None
+    return targets.reshape(logits.shape) if targets.numel() == logits.numel() else targets
+
+
+def is_sum_of_terms(loss_type: Any) -> bool:
+    """Whether an example's loss is the sum of its terms; of regression losses it is their mean."""
+    kind = spec.LossType
+    return loss_type not in (kind.MEAN_SQUARED_ERROR, kind.MEAN_ABSOLUTE_ERROR)
 
 
 def sharing_of(model: nn.Module, batch: Mapping[str, Any], known: dict[str, str]) -> SharingRule:
@@ -85,6 +131,21 @@ def sharing_of(model: nn.Module, batch: Mapping[str, Any], known: dict[str, str]
         "graphs": Segments(everyone, graphs, valid),
     }
     return RaggedBatch(kinds, known, lambda: kinds_by_probe(model, graph))
+
+
+@contextmanager
+def shared_rows(
+    model: nn.Module, batch: Mapping[str, Any], known: dict[str, str], forward: Forward
+) -> Iterator[SharingRule]:
+    """How rows share weights in the forward pass inside: those of graphs, or padded sequences.
+
+    Arguments as in `padding.padded_rows`.
+    """
+    if is_graph(batch["inputs"]):
+        yield sharing_of(model, batch, known)
+        return
+    with padded_rows(model, batch, known, forward) as rule:
+        yield rule
 
 
 def valid_graphs(n_node: Tensor, weights: Tensor | None) -> Tensor:

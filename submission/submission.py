@@ -15,6 +15,8 @@ import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +24,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .algoperf_compat import spec
-from .batch_structure import likelihood_of, mask_of, sharing_of
+from .batch_structure import (
+    is_sum_of_terms,
+    likelihood_of,
+    logits_of,
+    mask_of,
+    shared_rows,
+    targets_of,
+)
 from .hyperparameters import Hyperparameters
-from .kfac import KFAC
+from .kfac import KFAC, Likelihood
 from .kfac.distributed import world_size
 from .optimizers import UPDATE_RULES
 from .run import Run
@@ -113,22 +122,27 @@ def update_params(
     model.train()
     optimizer.zero_grad(set_to_none=True)
 
-    def forward(module: nn.Module, update_batch_norm: bool = True) -> tuple[Tensor, Any]:
-        logits, new_model_state = workload.model_fn(
+    def forward(
+        module: nn.Module,
+        inputs: Mapping[str, Any] = batch,
+        mode: Any = spec.ForwardPassMode.TRAIN,
+        update_batch_norm: bool = True,
+    ) -> tuple[Any, Any]:
+        output, new_model_state = workload.model_fn(
             params=module,
-            augmented_and_preprocessed_input_batch=batch,
+            augmented_and_preprocessed_input_batch=inputs,
             model_state=model_state,
-            mode=spec.ForwardPassMode.TRAIN,
+            mode=mode,
             rng=rng,
             update_batch_norm=update_batch_norm,
             **_dropout_argument(workload, settings),
         )
-        return logits, new_model_state
+        return output, new_model_state
 
-    def mean_loss(logits: Tensor) -> Tensor:
+    def mean_loss(output: Any) -> tuple[Tensor, Tensor]:
         loss_dict = workload.loss_fn(
             label_batch=batch["targets"],
-            logits_batch=logits,
+            logits_batch=output,
             mask_batch=batch.get("weights"),
             label_smoothing=settings.label_smoothing,
         )
@@ -136,20 +150,23 @@ def update_params(
 
     random_state = _random_state(model) if settings.adaptive_damping else None
     if kfac is not None and kfac.factors_due:
-        with kfac.record(sharing_of(model, batch, run.kinds_of_rows)):
-            logits, new_model_state = forward(_uncompiled(model))
+        probe = partial(forward, mode=spec.ForwardPassMode.EVAL, update_batch_norm=False)
+        with (
+            shared_rows(model, batch, run.kinds_of_rows, probe) as sharing,
+            kfac.record(sharing),
+        ):
+            output, new_model_state = forward(_uncompiled(model))
     else:
-        logits, new_model_state = forward(model)
-    loss = mean_loss(logits)
+        output, new_model_state = forward(model)
+    loss, valid = mean_loss(output)
     run.log.add("forward", time.perf_counter() - start)
 
     if kfac is not None and kfac.factors_due:
-        kfac.update(
-            logits,
-            likelihood_of(loss_type, logits, batch),
-            mask=mask_of(logits, batch),
-            targets=batch["targets"],
-        )
+        logits, mask = logits_of(output), mask_of(output, batch)
+        likelihood = likelihood_of(loss_type, logits, batch)
+        if is_sum_of_terms(loss_type):
+            likelihood = _scaled(likelihood, likelihood.terms(logits, mask), valid)
+        kfac.update(logits, likelihood, mask=mask, targets=targets_of(logits, batch))
 
     update_start = time.perf_counter()
     torch.autograd.backward(loss)
@@ -169,8 +186,8 @@ def update_params(
     if accepted:
         optimizer.step()
     if accepted and kfac is not None and trial is not None:
-        with torch.no_grad(), _random_state_of(model, random_state):
-            after = mean_loss(forward(model, update_batch_norm=False)[0])
+        with torch.no_grad(), _random_state_of(model, random_state), _kept_buffers(model):
+            after, _ = mean_loss(forward(model, update_batch_norm=False)[0])
         kfac.end_trial(trial, _over_ranks(loss), _over_ranks(after))
     run.log.add("update", time.perf_counter() - update_start)
 
@@ -219,14 +236,29 @@ def data_selection(
     return batch
 
 
-def _global_mean(summed: Tensor, valid: Any) -> Tensor:
-    """The loss whose gradient, averaged over ranks by DDP, is that of the mean over all ranks."""
-    valid = torch.as_tensor(valid, device=summed.device, dtype=summed.dtype)
+def _global_mean(summed: Tensor, valid: Any) -> tuple[Tensor, Tensor]:
+    """The loss whose gradient, averaged over ranks by DDP, is that of the mean over all ranks.
+
+    Also returns what it divides by: the number of valid examples on all ranks.
+    """
+    valid = torch.as_tensor(valid, device=summed.device, dtype=summed.dtype).clone()
     ranks = world_size()
     if ranks > 1:
         dist.all_reduce(valid)
-    mean: Tensor = summed * ranks / valid.clamp(min=1)
-    return mean
+    valid = valid.clamp(min=1)
+    return summed * ranks / valid, valid
+
+
+def _scaled(likelihood: Likelihood, terms: Tensor, valid: Tensor) -> Likelihood:
+    """The likelihood with the scale of the loss, where that does not divide by its terms.
+
+    A CTC loss has a term for every frame and divides by the number of labels; sigmoid losses may
+    add up an example's outputs and divide by the examples.
+    """
+    if world_size() > 1:
+        dist.all_reduce(terms)
+    scale = float(terms / valid)
+    return replace(likelihood, scale=scale) if scale > 0 else likelihood
 
 
 def _over_ranks(loss: Tensor) -> float:
@@ -254,6 +286,19 @@ def _random_state_of(model: nn.Module, states: list[Tensor] | None) -> Iterator[
             if len(states) > 1:
                 torch.cuda.set_rng_state(states[1], device)
         yield
+
+
+@contextmanager
+def _kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Puts buffers (running statistics) back: not all workloads heed update_batch_norm."""
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in kept:
+                    buffer.copy_(kept[name])
 
 
 def _clip_gradient(model: nn.Module, largest_norm: float | None) -> Tensor:
