@@ -80,8 +80,9 @@ def provenance(found: Sequence[Log]) -> str:
             name == "submission" and log.run.method in (*report.OURS, ablation.NAME)
         )
     )  # fmt: skip
+    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     return (
-        f"{days[0]} to {days[-1]}; {', '.join(machines)}; "
+        f"{when}; {', '.join(machines)}; "
         + ", ".join(f"{text} ({number} runs)" for text, number in sorted(versions.items()))
         + "; 'submission' is a checksum of the source that K-FAC's runs used."
     )
