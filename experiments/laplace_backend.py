@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from laplace.curvature import GGNInterface
 from laplace.utils import Kron
 from torch import Tensor, nn
@@ -50,7 +49,7 @@ class KFACGGN(GGNInterface):  # type: ignore[misc]
     Args:
         model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y: of laplace-torch.
         stochastic: sample labels from the model (one pass per sample) instead of the exact GGN (one
-            pass per output).
+            pass per output); the class's by default.
         num_samples: of labels, if stochastic.
         kfac_approx: "expand" or "reduce", in place of the class's.
         other_parameters: what parameters outside K-FAC layers get: "diagonal", or "zero", which
@@ -62,6 +61,7 @@ class KFACGGN(GGNInterface):  # type: ignore[misc]
     """
 
     default_approx = ""
+    default_stochastic = False
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class KFACGGN(GGNInterface):  # type: ignore[misc]
         subnetwork_indices: Tensor | None = None,
         dict_key_x: str = "input_ids",
         dict_key_y: str = "labels",
-        stochastic: bool = False,
+        stochastic: bool | None = None,
         num_samples: int = 1,
         kfac_approx: str | None = None,
         other_parameters: str = "diagonal",
@@ -84,7 +84,7 @@ class KFACGGN(GGNInterface):  # type: ignore[misc]
             subnetwork_indices,
             dict_key_x,
             dict_key_y,
-            stochastic,
+            self.default_stochastic if stochastic is None else stochastic,
             num_samples,
         )
         self.kfac_approx = kfac_approx or self.default_approx
@@ -229,6 +229,19 @@ class KFACReduceGGN(KFACGGN):
     default_approx = "reduce"
 
 
+class SampledKFACExpandGGN(KFACExpandGGN):
+    """K-FAC-expand with one sampled label per output, for `marglik_training`, which passes nothing
+    to its backend."""
+
+    default_stochastic = True
+
+
+class SampledKFACReduceGGN(KFACReduceGGN):
+    """K-FAC-reduce with one sampled label per output."""
+
+    default_stochastic = True
+
+
 class _Scale:
     """From means over a batch to parts of a sum over the data set.
 
@@ -316,8 +329,3 @@ def _without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in chosen:
             parameter.requires_grad_(True)
-
-
-def negative_log_likelihood(probabilities: Tensor, classes: Tensor) -> float:
-    """Mean negative log-likelihood of classes [n] under probabilities [n, C]."""
-    return float(F.nll_loss(probabilities.clamp(min=1e-12).log(), classes))

@@ -78,6 +78,21 @@ EXPERIMENTS = (
         "nothing; CIFAR-10 with --data-dir",
     ),
     Experiment(
+        "gpt_ggn_timing",
+        "Table 4",
+        "time of a GPT's K-FAC GGN over a text corpus",
+        "3 minutes",
+        "a download of 1.5 MB, or --text",
+    ),
+    Experiment(
+        "marginal_likelihood",
+        "Tables 2, 5",
+        "one weight decay per layer learned by the marginal likelihood",
+        "5 minutes",
+        "laplace-torch; CIFAR-10 with --data-dir",
+        extra=True,
+    ),
+    Experiment(
         "optimizers",
         "not in it",
         "ours against SOAP, Muon, Shampoo, NAdamW and Nesterov on four small real tasks",
