@@ -174,6 +174,7 @@ def _kfac(name: str, label: str, point: Point, rates: list[float], second: Any) 
 
 
 _PLAIN = {"kfac_approx": "none"}
+_DECAYS = ("factor_decay", [0.9, 0.97])
 _DAMPINGS = ("damping", [1e-4, 1e-3])
 
 METHODS: dict[str, Method] = {
@@ -219,6 +220,10 @@ METHODS: dict[str, Method] = {
               kfac_point("expand", "nadamw"), [1e-3, 3e-3, 1e-2, 3e-2], _DAMPINGS),
         _kfac("kfac_reduce_nadamw", "K-FAC-reduce, NAdamW",
               kfac_point("reduce", "nadamw"), [1e-3, 3e-3, 1e-2, 3e-2], _DAMPINGS),
+        _kfac("kfac_expand_eigenbasis", "K-FAC-expand, Adam in the eigenbasis",
+              kfac_point("expand", "eigenbasis_adam"), [1e-3, 3e-3, 1e-2, 3e-2], _DECAYS),
+        _kfac("kfac_reduce_eigenbasis", "K-FAC-reduce, Adam in the eigenbasis",
+              kfac_point("reduce", "eigenbasis_adam"), [1e-3, 3e-3, 1e-2, 3e-2], _DECAYS),
     )
 }  # fmt: skip
 
