@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,13 @@ def load(data_dir: Path) -> ImageData:
     data_dir = data_dir.expanduser()
     if (data_dir / "train").is_dir() and (data_dir / "test").is_dir():
         return load_image_folder(data_dir)
-    return images.load_cifar10(data_dir)
+    return replace(images.load_cifar10(data_dir), name=name_of(data_dir))
+
+
+def name_of(data_dir: Path) -> str:
+    """What the CIFAR-10 of a folder is called in results: whether it is packed JPEG files."""
+    python = any(path.is_file() for path in data_dir.glob("**/data_batch_1"))
+    return "CIFAR-10" if python else "JPEG-recompressed CIFAR-10"
 
 
 def load_image_folder(data_dir: Path) -> ImageData:

@@ -93,6 +93,27 @@ EXPERIMENTS = (
         extra=True,
     ),
     Experiment(
+        "every_step",
+        "Figure 5",
+        "ViT with factors every step, a moving average and clipping",
+        "5 minutes",
+        "nothing; CIFAR-10 with --data-dir",
+    ),
+    Experiment(
+        "ogbg",
+        "Figure 3",
+        "steps to target of a GraphNetwork on molecules",
+        "5 minutes",
+        "a download of 20 MB",
+    ),
+    Experiment(
+        "imagenet_vit",
+        "Figure 4",
+        "steps to target of a ViT on images",
+        "3 minutes",
+        "nothing; CIFAR-10 with --data-dir",
+    ),
+    Experiment(
         "optimizers",
         "not in it",
         "ours against SOAP, Muon, Shampoo, NAdamW and Nesterov on four small real tasks",
