@@ -29,6 +29,7 @@ usage: ./run.sh [--dry-run] [COMMAND] [ARGUMENTS]
   compare       compare runs: steps-to-target and time-to-target
   experiments   tables and figures of the paper
   benchmarks    speed and memory
+  memory        what K-FAC's factors need of a V100, for every AlgoPerf workload; no GPU needed
   docker        build the image, or run a command in it
   package       write the folder that AlgoPerf's submissions repository expects
 
@@ -377,6 +378,11 @@ cmd_benchmarks() {
   run exec "$VENV/bin/python" -m benchmarks "$@"
 }
 
+cmd_memory() {
+  ready quickstart
+  run exec "$VENV/bin/python" -m workloads_overrides.factor_memory "$@"
+}
+
 cmd_docker() {
   if asks_help "$@" || (($# == 0)); then
     cat <<'END'
@@ -420,7 +426,7 @@ END
   [[ ! -e "$target" ]] || die "$target exists: move it away first"
   run mkdir -p -- "$target"
   run cp -R -- "$ROOT/submission/." "$target/"
-  run cp -- "$ROOT/tuning_search_space.json" "$ROOT/LICENSE" "$ROOT/README.md" "$target/"
+  run cp -- "$ROOT/tuning_search_space.json" "$ROOT/LICENSE" "$target/"
   run find "$target" -name __pycache__ -type d -prune -exec rm -rf -- '{}' +
   if ! "$DRY_RUN"; then
     printf '# Needs nothing beyond AlgoPerf and its PyTorch.\n' >"$target/requirements.txt"
@@ -440,7 +446,7 @@ main() {
       return
       ;;
     --*) command=quickstart ;;
-    quickstart | test | setup | algoperf | slurm | compare | experiments | benchmarks | docker | package)
+    quickstart | test | setup | algoperf | slurm | compare | experiments | benchmarks | memory | docker | package)
       shift || true
       ;;
     *) die "no command '$command'; ./run.sh --help lists them" ;;

@@ -10,7 +10,7 @@ import pytest
 from .conftest import REPOSITORY
 
 COMMANDS = ["quickstart", "test", "setup", "slurm", "docker", "package"]
-ALL = [*COMMANDS, "algoperf", "compare", "experiments", "benchmarks"]
+ALL = [*COMMANDS, "algoperf", "compare", "experiments", "benchmarks", "memory"]
 
 
 @pytest.fixture
@@ -62,6 +62,7 @@ def test_help_of_a_command_needs_no_set_up(project: Path, command: str) -> None:
         (["slurm", "--", "--x"], "exec {venv}/bin/python -m workloads_overrides.slurm -- --x"),
         (["experiments", "x"], "exec {venv}/bin/python -m experiments x"),
         (["benchmarks"], "exec {venv}/bin/python -m benchmarks"),
+        (["memory", "ogbg"], "exec {venv}/bin/python -m workloads_overrides.factor_memory ogbg"),
         (["docker", "build"], "docker build --tag kfac-algoperf {project}"),
     ],
 )
@@ -167,13 +168,14 @@ def test_set_up_is_done_once_and_starts_afresh_after_a_failure(project: Path) ->
 
 def test_package_is_the_submission_alone(project: Path) -> None:
     shutil.copytree(REPOSITORY / "submission", project / "submission")
-    for name in ("tuning_search_space.json", "LICENSE", "README.md"):
+    for name in ("tuning_search_space.json", "LICENSE"):
         (project / name).write_text(name)
     result = run(project, "package", str(project / "out"))
     assert result.returncode == 0, result.stderr
     folder = project / "out" / "external_tuning" / "kfac"
     assert (folder / "submission.py").exists()
-    assert (folder / "requirements.txt").exists()
+    for name in ("requirements.txt", "README.md", "LICENSE", "tuning_search_space.json"):
+        assert (folder / name).exists()
     assert not list(folder.rglob("__pycache__"))
     again = run(project, "package", str(project / "out"))
     assert "exists: move it away first" in again.stderr

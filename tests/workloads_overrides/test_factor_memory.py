@@ -1,0 +1,111 @@
+"""Factor memory of AlgoPerf's workloads on a V100, from recorded layers."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from submission.kfac import KFAC, KFACConfig
+from workloads_overrides.factor_memory import (
+    COPIES_OF_FACTORS,
+    REPORTED_COPIES,
+    main,
+    memory_of,
+    recorded_workloads,
+)
+from workloads_overrides.model_record import RECORD, saved_bytes, skeleton, structure_of
+
+# What each model has, counted by AlgoPerf's own code on the real model.
+PARAMETERS = {
+    "mnist": 101_770, "cifar": 11_173_962, "ogbg": 3_554_176, "fastmri": 7_756_097,
+    "imagenet_resnet": 25_557_032, "imagenet_vit": 22_122_472, "wmt": 133_521_408,
+    "librispeech_conformer": 32_321_792, "librispeech_deepspeech": 18_393_600,
+    "criteo1tb": 539_267_457,
+}  # fmt: skip
+# A table of half a billion entries: its diagonal alone is over the budget. See docs/rules.md.
+TOO_LARGE = {"criteo1tb"}
+
+
+class Everything(nn.Module):
+    """A layer of every recorded type, and parameters of the model's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(7, 3))
+        self.blocks = nn.Sequential(
+            nn.Conv2d(2, 4, (3, 1), groups=2, bias=False), nn.BatchNorm2d(4), nn.GroupNorm(2, 4)
+        )
+        self.blocks.extra = nn.Linear(2, 2, bias=False)
+        self.up = nn.ConvTranspose2d(4, 2, 2)
+        self.time = nn.Conv1d(4, 4, 5)
+        self.rows = nn.Linear(3, 5)
+        self.norm = nn.LayerNorm(5)
+        self.words = nn.Embedding(11, 3)
+        self.recurrent = nn.LSTM(3, 2, bidirectional=True)
+
+
+def test_a_skeleton_has_the_parameters_of_the_model():
+    model = Everything()
+    copy = skeleton(json.loads(json.dumps(structure_of(model))))
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert {name: tuple(p.shape) for name, p in copy.named_parameters()} == expected
+    assert all(p.is_meta for p in copy.parameters())
+
+
+def test_saved_bytes_counts_each_tensor_once_and_no_parameter():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.zeros(16, 4)
+    # The input, and the ReLU's output, which the second layer keeps as well.
+    assert saved_bytes(model, lambda: model(x)) == 4 * 16 * (4 + 8)
+
+
+def test_every_base_workload_is_recorded_with_its_parameters():
+    assert set(recorded_workloads()) == set(PARAMETERS)
+    for name, expected in PARAMETERS.items():
+        memory = memory_of(name, KFACConfig())
+        assert memory.parameters == expected
+        assert sum(memory.shares().values()) == pytest.approx(100)
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("workload", sorted(set(PARAMETERS) - TOO_LARGE))
+def test_factors_fit_a_v100_beside_everything_else(workload, approx):
+    memory = memory_of(workload, KFACConfig(kfac_approx=approx))
+    assert 0 < memory.factors <= memory.budget
+
+
+def test_the_table_of_millions_of_rows_has_no_dense_factor():
+    memory = memory_of("criteo1tb", KFACConfig())
+    tables = [row for row in memory.rows if row.parameters > 10**8]
+    assert len(tables) == 4
+    assert all(row.memory == 2 * 4 * row.parameters for row in tables)
+
+
+def test_a_lower_limit_of_the_sides_takes_less():
+    full = memory_of("cifar", KFACConfig())
+    small = memory_of("cifar", KFACConfig(max_factor_side=1024))
+    assert small.factors < full.factors / 5
+    assert any("diag 4608" in row.sides for row in small.rows)
+
+
+def test_memory_is_that_of_the_engine_on_a_real_model():
+    record = json.loads(RECORD.read_text())["mnist"]
+    real = nn.Sequential()
+    for name, _, arguments in record["modules"]:
+        real.add_module(name.replace(".", "_"), nn.Linear(**arguments))
+    reported = sum(row.memory for row in KFAC(real).report())
+    assert memory_of("mnist", KFACConfig()).factors == reported * COPIES_OF_FACTORS // (
+        REPORTED_COPIES
+    )
+
+
+def test_the_command_says_which_workload_is_over_its_budget(capsys):
+    assert main(["ogbg", "--layers"]) == 0
+    printed = capsys.readouterr().out
+    assert "graph_network.0.update_edge_fn.dense_0" in printed
+    assert "3,554,176" in printed
+    assert main(["ogbg", "cifar", "--kfac_approx", "expand"]) == 0
+    with pytest.raises(SystemExit):
+        main(["ogb"])
+    assert "'ogb' is not recorded; there are mnist" in capsys.readouterr().err
