@@ -92,7 +92,8 @@ def _run_all(flags: list[str], console: Console) -> int:
     page.add_flags(parser)
     options = parser.parse_args(flags)
     failed = []
-    for experiment in EXPERIMENTS:
+    chosen = [e for e in EXPERIMENTS if e.in_all]
+    for experiment in chosen:
         small = experiment.load().SMALL if options.small else []
         command = [sys.executable, "-m", "experiments", experiment.name, *small]
         shown = " ".join(["./run.sh experiments", experiment.name, *small])
@@ -103,7 +104,7 @@ def _run_all(flags: list[str], console: Console) -> int:
         ).returncode
         if code:
             failed.append(experiment.name)
-    done = [e for e in EXPERIMENTS if e.name not in failed]
+    done = [e for e in chosen if e.name not in failed]
     path = page.write(options.folder, done, options.docs)
     console.print(f"results page: {path}", highlight=False, soft_wrap=True)
     if failed:
@@ -116,7 +117,9 @@ def _write_page(flags: list[str], console: Console) -> int:
     _add_folder(parser)
     page.add_flags(parser)
     options = parser.parse_args(flags)
-    done = [e for e in EXPERIMENTS if results.result_path(options.folder, e.name).exists()]
+    done = [
+        e for e in EXPERIMENTS if e.in_all and results.result_path(options.folder, e.name).exists()
+    ]
     path = page.write(options.folder, done, options.docs)
     console.print(f"results page: {path}", highlight=False, soft_wrap=True)
     return 0

@@ -48,6 +48,7 @@ class Experiment:
         time: of the default run on two CPU cores.
         needs: beyond the packages of the quickstart.
         extra: whether requirements/experiments.txt is needed.
+        in_all: whether `all` runs it and the results page shows it; others have their own page.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Experiment:
     time: str
     needs: str
     extra: bool = False
+    in_all: bool = True
 
     def load(self) -> ExperimentModule:
         """Imports the experiment's module."""
@@ -120,6 +122,7 @@ EXPERIMENTS = (
         "many hours; minutes with --small",
         "./run.sh setup --experiments; CIFAR-10 with --data-dir",
         extra=True,
+        in_all=False,
     ),
 )
 

@@ -1,0 +1,114 @@
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from experiments import cifar, every_step, imagenet_vit, ogbg, target_runs
+from quickstart.errors import QuickstartError
+from quickstart.parallel import Outcome
+from submission.hyperparameters import Hyperparameters
+
+
+def options(*flags: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    target_runs.add_flags(parser)
+    return parser.parse_args(list(flags))
+
+
+@pytest.mark.slow
+def test_every_step_on_the_digits(tmp_path: Path) -> None:
+    result = every_step.run(
+        options("--seeds", "0", "--steps=30", "--jobs=2"), tmp_path, Console(quiet=True)
+    )
+    assert result["data"] == "scikit-learn's digits"
+    assert list(result["methods"]) == [
+        "nadamw",
+        "kfac_expand_nadamw",
+        "kfac_reduce_nadamw",
+        "kfac_expand_every_step",
+        "kfac_reduce_every_step",
+    ]
+    for method in result["methods"].values():
+        assert method["curves"][0]["steps"][-1] == 30
+    (table,) = target_runs.tables(result)
+    assert table.rows[0][0] == "nadamw (reference)"
+    assert target_runs.draw(result, tmp_path / "picture.png")
+
+
+def test_settings_are_every_step_with_an_average_and_clipping() -> None:
+    files = sorted(every_step.SETTINGS.glob("*every_step.json"))
+    assert len(files) == 4
+    for path in files:
+        content = json.loads(path.read_text())
+        point = (
+            content[0]
+            if isinstance(content, list)
+            else {k: v.get("feasible_points", [v.get("min")])[0] for k, v in content.items()}
+        )
+        settings = Hyperparameters.from_tuning_point(point)
+        assert settings.kfac_approx in path.name
+        assert (settings.factor_update_steps, settings.inverse_update_steps) == (1, 10)
+        assert settings.factor_decay > 0
+        assert settings.grad_clip is not None
+
+
+@pytest.mark.parametrize("module", [ogbg, imagenet_vit, every_step], ids=lambda m: m.__name__)
+def test_commands_of_the_paper_name_files_that_exist(module: object) -> None:
+    root = Path(every_step.__file__).resolve().parents[1]
+    text = module.PAPER
+    named = [
+        line.split("--tuning_search_space=")[1].split()[0]
+        for line in text.splitlines()
+        if "--tuning_search_space=" in line
+    ]
+    assert named
+    for name in named:
+        for approx in ("expand", "reduce"):
+            path = name.replace("${approx}", approx).replace("$approx", approx)
+            assert (root / path).is_file(), path
+
+
+def test_points_get_the_length_and_nothing_else_changes(tmp_path: Path) -> None:
+    contest = target_runs.of_study("images", "nadamw")
+    shorter = target_runs.with_length(contest, 20, tmp_path)
+    assert shorter.steps == 20
+    for method, path in shorter.points.items():
+        (new,) = json.loads(path.read_text())
+        (old,) = json.loads(contest.points[method].read_text())
+        assert new == {**old, "training_steps": 20}
+    with pytest.raises(QuickstartError, match="--steps must be 1 or more"):
+        target_runs.with_length(contest, 0, tmp_path)
+
+
+def test_a_failed_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_fail(jobs: list[object], **_: object) -> list[Outcome]:
+        return [Outcome(job, 1, "error: diverged", 1.0) for job in jobs]
+
+    monkeypatch.setattr(target_runs, "run_jobs", all_fail)
+    with pytest.raises(QuickstartError, match="3 runs failed, first nadamw/study_4: error: div"):
+        imagenet_vit.run(options("--seeds", "4"), tmp_path, Console(quiet=True))
+
+
+def test_table_of_runs_that_did_not_all_reach() -> None:
+    method = {"runs": 2, "reached": 2, "steps": [100.0, 5.0], "seconds": [3.0, 0.25],
+              "ratio_steps": None, "ratio_seconds": None, "curves": []}  # fmt: skip
+    other = {**method, "reached": 0, "steps": None, "seconds": None}
+    third = {**method, "ratio_steps": [0.5, 0.4, 0.625], "ratio_seconds": [0.75, None, None]}
+    result = {"data": "d", "metric": "accuracy", "target": 0.95, "reference": "a",
+              "methods": {"a": method, "b": other, "c": third}}  # fmt: skip
+    (table,) = target_runs.tables(result)
+    assert table.rows == (
+        ("a (reference)", "2/2", "100 ± 5", "1", "3.0 ± 0.2", "1"),
+        ("b", "0/2", "-", "-", "-", "-"),
+        ("c", "2/2", "100 ± 5", "0.50 [0.40, 0.62]", "3.0 ± 0.2", "0.75"),
+    )
+
+
+def test_packed_jpegs_are_called_recompressed(tmp_path: Path) -> None:
+    (tmp_path / "cifar10_jpeg_train.npz").touch()
+    assert cifar.name_of(tmp_path) == "JPEG-recompressed CIFAR-10"
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py" / "data_batch_1").touch()
+    assert cifar.name_of(tmp_path) == "CIFAR-10"
