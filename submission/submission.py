@@ -167,6 +167,7 @@ def update_params(
         if is_sum_of_terms(loss_type):
             likelihood = _scaled(likelihood, likelihood.terms(logits, mask), valid)
         kfac.update(logits, likelihood, mask=mask, targets=targets_of(logits, batch))
+        kfac.reduce_factors()  # in the background of the backward pass
 
     update_start = time.perf_counter()
     torch.autograd.backward(loss)

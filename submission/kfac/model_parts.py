@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
+from . import distributed
+from .capture import Recording
 from .config import KFACConfig
 from .partition import Partition, demote_uncalled, partition
 from .placements import owners
@@ -72,6 +75,20 @@ class ModelParts:
         """All parts that are modules, called or not."""
         parts: Sequence[Part] = self._layers.parts
         return [part for part in parts if isinstance(part, KroneckerPart | UnitwisePart)]
+
+    def called_on_any_rank(self, recording: Recording) -> list[str] | None:
+        """Names of the layers that a recorded pass has called, on any rank.
+
+        None if no rank can tell, since memory ran out on all of them.
+        """
+        names = [part.name for part in self.layers()]
+        counts = [recording.calls.get(name, 0) for name in names]
+        known = recording.out_of_memory is None
+        totals = torch.tensor([*counts, 1] if known else [0] * (len(names) + 1))
+        totals = totals.to(self._parameters[0].device)
+        distributed.all_reduce_sums([totals])
+        *calls, ranks = totals.tolist()
+        return [name for name, count in zip(names, calls, strict=True) if count] if ranks else None
 
     @property
     def names(self) -> list[str]:

@@ -24,26 +24,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import distributed, inverses, updates
+from . import distributed, updates
 from .accumulation import Accumulated
 from .adaptive_damping import Trial, adapted_damping, begin_trial, predicted_change
 from .capture import Recording
 from .config import KFACConfig
 from .curvature import Curvature, as_curvature
 from .distributed import Reduction
-from .eigenbasis_adam import count_step, direction, turn_second_moments
-from .gradients import read_gradient, write_gradient
+from .eigenbasis_adam import turn_second_moments
+from .gradient_rules import write_eigenbasis_steps, write_preconditioned
 from .likelihoods import Likelihood, as_likelihood
 from .model_parts import ModelParts
 from .partition import unwrap
 from .passes import fisher_passes
-from .placements import exchange_gradients
 from .recorder import is_compiled, record
 from .report import ReportRow, format_report, report_rows
 from .setting import detect_setting
 from .sharing import SharingRule
 from .state import KFACState
-from .statistics import Part, statistics_dtype
+from .statistics import Part
 
 logger = logging.getLogger(__name__)
 
@@ -247,16 +246,10 @@ class KFAC:
 
     def _find_called_layers(self, recording: Recording) -> None:
         """Finds out, over all ranks, which layers the first recorded pass has called."""
-        names = [part.name for part in self._parts.layers()]
-        counts = [recording.calls.get(name, 0) for name in names]
-        known = recording.out_of_memory is None
-        totals = torch.tensor([*counts, 1] if known else [0] * (len(names) + 1))
-        totals = totals.to(self._generator.device)
-        distributed.all_reduce_sums([totals])
-        *calls, ranks = totals.tolist()
-        if not ranks:
+        called = self._parts.called_on_any_rank(recording)
+        if called is None:
             return
-        self._state.called = [name for name, count in zip(names, calls, strict=True) if count]
+        self._state.called = called
         self._split()
         recording.replace(self._parts.partition.parts)
         if self._parts.uncalled:
@@ -289,55 +282,12 @@ class KFAC:
             KFACError: `max_failures` updates in a row had to be dropped.
         """
         self.refresh()
+        start = time.perf_counter()
         if self.config.direction == "eigenbasis_adam":
-            self._step_in_eigenbasis()
-            return
-        start = time.perf_counter()
-        gradients: dict[str, Tensor] = {}
-        for part in self._parts.partition.parts:
-            inverse = self._state.inverses.get(part.name)
-            shared = self._is_kept_by_one_rank(part)
-            gradient = read_gradient(part) if shared or inverse is not None else None
-            if gradient is None:
-                continue
-            if inverse is not None:
-                gradient = inverses.precondition(part, inverse, gradient.to(_dtype(inverse)))
-            if shared:
-                gradients[part.name] = gradient.to(statistics_dtype(gradient)).contiguous()
-            else:
-                write_gradient(part, gradient)
-        exchange_gradients(gradients, self._parts.owners)
-        for part in self._parts.partition.parts:
-            if part.name in gradients:
-                write_gradient(part, gradients[part.name])
+            write_eigenbasis_steps(self._state, self._parts, self.config)
+        else:
+            write_preconditioned(self._state, self._parts, self.config)
         self._state.seconds["precondition"] += time.perf_counter() - start
-
-    def _step_in_eigenbasis(self) -> None:
-        start = time.perf_counter()
-        state, gradients = self._state, {}
-        for part in self._parts.partition.parts:
-            gradient = read_gradient(part)
-            if gradient is not None:
-                gradients[part.name] = gradient.to(statistics_dtype(gradient))
-        if gradients:
-            state.count, finite = count_step(state.count, list(gradients.values()))
-            for part in self._parts.partition.parts:
-                if part.name in gradients:
-                    update = direction(
-                        state.inverses.get(part.name, {}),
-                        state.moments.setdefault(part.name, {}),
-                        gradients[part.name],
-                        betas=self.config.betas,
-                        epsilon=self.config.epsilon,
-                        count=state.count,
-                        finite=finite,
-                    )
-                    write_gradient(part, update)
-        state.seconds["precondition"] += time.perf_counter() - start
-
-    def _is_kept_by_one_rank(self, part: Part) -> bool:
-        kept = self.config.inverse_placement == "one_rank"
-        return kept and part.name in self._parts.owners
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -513,7 +463,3 @@ class KFAC:
         self._state, self._parts = restored, parts
         self._generator.set_state(state["generator"].cpu())
         self._recordings, self._accumulated, self._reduction = {}, None, None
-
-
-def _dtype(inverse: inverses.Inverse) -> torch.dtype:
-    return next(iter(inverse.values())).dtype
