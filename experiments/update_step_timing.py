@@ -4,6 +4,7 @@ One step is everything that training does in it: forward pass, Fisher pass, fact
 backward pass, preconditioning, and an SGD update; factors and inverses are renewed in every step.
 A plain SGD step of the same batch stands beside it. A second pair of columns has this project's
 fast way of computing convolutions' input factors off (`shifted_products`; it serves expand only).
+On a CPU the methods take turns.
 
 The paper's size, on a GPU: --batch-sizes 128 256 512 1024 2048 --repeats 10 --data-dir DIR
 """
@@ -15,6 +16,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +81,7 @@ def make_step(model: nn.Module, images: Tensor, classes: Tensor, method: str) ->
 def time_steps(step: Callable[[], None], repeats: int, device: torch.device) -> list[float]:
     """Seconds of each of `repeats` calls, after one that is not counted."""
     step()
-    seconds = []
-    for _ in range(repeats):
-        results.synchronize(device)
-        start = time.perf_counter()
-        step()
-        results.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return seconds
+    return [second for _ in range(repeats) for second in _time_once(step, device)]
 
 
 def unless_out_of_memory(work: Callable[[], list[float]]) -> list[float] | None:
@@ -123,28 +118,67 @@ def run(options: argparse.Namespace, folder: Path, console: Console) -> dict[str
         raise QuickstartError("--batch-sizes and --repeats must be 1 or more")
     device = torch.device(options.device)
     images, classes, data = _batch(options.data_dir, max(options.batch_sizes), device)
-    jobs = [(size, kind) for size in options.batch_sizes for kind in _FULL]
     seconds: dict[str, dict[str, list[float] | None]] = {kind: {} for kind in _FULL}
-    for size, kind in track(jobs, "timing", console=console, transient=True):
-        seconds[kind][str(size)] = unless_out_of_memory(
-            lambda size=size, kind=kind: _measure(  # type: ignore[misc]
-                options, images[:size], classes[:size], kind, device
-            )
-        )
+    for size in track(options.batch_sizes, "timing", console=console, transient=True):
+        batch = images[:size], classes[:size]
+        # Taking turns needs the memory of all methods at once, and on a GPU memory is in question.
+        measure = _one_by_one if device.type == "cuda" else _in_turns
+        for kind, measured in measure(options, *batch, device).items():
+            seconds[kind][str(size)] = measured
     return {"data": data, "batch_sizes": options.batch_sizes, "seconds": seconds}
 
 
-def _measure(
+def _prepare(
     options: argparse.Namespace, images: Tensor, classes: Tensor, kind: str, device: torch.device
-) -> list[float]:
+) -> Callable[[], None]:
+    """The training step of a column."""
     torch.manual_seed(0)
     model = WideResNet(options.depth, options.width, fixup_zeros=False).to(device)
     method, _, off = kind.partition(", ")
     step = make_step(model, images, classes, method)
-    if not off:
+
+    def slow_step() -> None:
+        with fast_convolutions_off():
+            step()
+
+    return slow_step if off else step
+
+
+def _one_by_one(
+    options: argparse.Namespace, images: Tensor, classes: Tensor, device: torch.device
+) -> dict[str, list[float] | None]:
+    def work(kind: str) -> list[float]:
+        step = _prepare(options, images, classes, kind, device)
         return time_steps(step, options.repeats, device)
-    with fast_convolutions_off():
-        return time_steps(step, options.repeats, device)
+
+    return {kind: unless_out_of_memory(partial(work, kind)) for kind in _FULL}
+
+
+def _in_turns(
+    options: argparse.Namespace, images: Tensor, classes: Tensor, device: torch.device
+) -> dict[str, list[float] | None]:
+    """Every method does one step, then every method the next: what disturbs one disturbs all."""
+    steps = {kind: _prepare(options, images, classes, kind, device) for kind in _FULL}
+    seconds: dict[str, list[float] | None] = {kind: [] for kind in _FULL}
+    for number in range(options.repeats + 1):
+        for kind, step in steps.items():
+            so_far = seconds[kind]
+            if so_far is None:
+                continue
+            taken = unless_out_of_memory(partial(_time_once, step, device))
+            if taken is None:
+                seconds[kind] = None
+            elif number:  # the first is not counted
+                so_far += taken
+    return seconds
+
+
+def _time_once(step: Callable[[], None], device: torch.device) -> list[float]:
+    results.synchronize(device)
+    start = time.perf_counter()
+    step()
+    results.synchronize(device)
+    return [time.perf_counter() - start]
 
 
 def _batch(data_dir: Path | None, size: int, device: torch.device) -> tuple[Tensor, Tensor, str]:
