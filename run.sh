@@ -160,44 +160,28 @@ setup_quickstart() {
   echo "$want" >"$VENV/.stamp-quickstart"
 }
 
-setup_slurm() {
-  local want
+# setup_more NAME PIP_OPTIONS...: the packages of requirements/NAME.txt, on top of the quickstart's.
+setup_more() {
+  local name="$1" want
+  shift
   setup_quickstart
-  want="$(stamp "$ROOT/requirements/slurm.txt")"
-  [[ "$(cat -- "$VENV/.stamp-slurm" 2>/dev/null)" != "$want" ]] || return 0
-  echo "setting up submitit in $VENV" >&2
+  want="$(stamp "$ROOT/requirements/$name.txt")"
+  [[ "$(cat -- "$VENV/.stamp-$name" 2>/dev/null)" != "$want" ]] || return 0
+  echo "setting up requirements/$name.txt in $VENV" >&2
   touch "$VENV/.installing"
   : >"$LOG"
-  install "$VENV" -r "$ROOT/requirements/slurm.txt"
+  install "$VENV" "$@" -r "$ROOT/requirements/$name.txt"
   rm -f -- "$VENV/.installing"
-  echo "$want" >"$VENV/.stamp-slurm"
+  echo "$want" >"$VENV/.stamp-$name"
 }
+
+setup_slurm() { setup_more slurm; }
+
+setup_experiments() { setup_more experiments --no-deps; }
 
 setup_dev() {
-  local want
-  setup_quickstart
   setup_slurm
-  want="$(stamp "$ROOT/requirements/dev.txt")"
-  [[ "$(cat -- "$VENV/.stamp-dev" 2>/dev/null)" != "$want" ]] || return 0
-  echo "setting up packages for tests in $VENV" >&2
-  touch "$VENV/.installing"
-  : >"$LOG"
-  install "$VENV" -r "$ROOT/requirements/dev.txt"
-  rm -f -- "$VENV/.installing"
-  echo "$want" >"$VENV/.stamp-dev"
-}
-
-setup_experiments() {
-  local want
-  setup_quickstart
-  want="$(stamp "$ROOT/requirements/experiments.txt")"
-  [[ "$(cat -- "$VENV/.stamp-experiments" 2>/dev/null)" != "$want" ]] || return 0
-  echo "setting up laplace-torch in $VENV" >&2
-  touch "$VENV/.installing"
-  : >"$LOG"
-  install "$VENV" --no-deps -r "$ROOT/requirements/experiments.txt"
-  rm -f -- "$VENV/.installing"
-  echo "$want" >"$VENV/.stamp-experiments"
+  setup_more dev
 }
 
 # setup_algoperf SOURCE: AlgoPerf at the tested commit, in an environment with its own pins.

@@ -83,38 +83,6 @@ class NAdamW(Optimizer):
         torch._foreach_addcdiv_(parameters, ahead, denominator, -group["lr"] / (1 - beta1**step))
 
 
-class Follow(Optimizer):
-    """Steps along what is in `.grad`, with decoupled weight decay: θ ← (1 - lr·wd) θ - lr · grad.
-
-    Args:
-        parameters: what is trained.
-        lr, weight_decay: as in the formula.
-    """
-
-    def __init__(
-        self, parameters: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.0
-    ) -> None:
-        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update. `closure` is not supported.
-
-        Raises:
-            ValueError: a closure is given.
-        """
-        if closure is not None:
-            raise ValueError("Follow takes no closure")
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            grads = [p.grad for p in parameters]
-            if not parameters:
-                continue
-            if group["weight_decay"]:
-                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(parameters, grads, alpha=-group["lr"])
-
-
 def _nesterov(parameters: Iterable[Tensor], hyperparameters: Any) -> Optimizer:
     return SGD(
         parameters,
@@ -136,14 +104,18 @@ def _nadamw(parameters: Iterable[Tensor], hyperparameters: Any) -> Optimizer:
     )
 
 
-def _follow(parameters: Iterable[Tensor], hyperparameters: Any) -> Optimizer:
-    return Follow(
-        parameters, lr=hyperparameters.learning_rate, weight_decay=hyperparameters.weight_decay
+def _plain(parameters: Iterable[Tensor], hyperparameters: Any) -> Optimizer:
+    # Without momentum, SGD's decay of the weights is the decoupled one: θ - lr (grad + wd θ).
+    return SGD(
+        parameters,
+        lr=hyperparameters.learning_rate,
+        weight_decay=hyperparameters.weight_decay,
+        foreach=True,
     )
 
 
 UPDATE_RULES: dict[str, Callable[[Iterable[Tensor], Any], Optimizer]] = {
     "nesterov": _nesterov,
     "nadamw": _nadamw,
-    "eigenbasis_adam": _follow,  # `KFAC` has made the update
+    "eigenbasis_adam": _plain,  # `KFAC` has made the update
 }

@@ -35,6 +35,7 @@ from .batch_structure import (
 from .hyperparameters import Hyperparameters
 from .kfac import KFAC, Likelihood
 from .kfac.distributed import world_size
+from .kfac.functional import kept_buffers
 from .optimizers import UPDATE_RULES
 from .run import Run
 from .schedules import SCHEDULES
@@ -187,7 +188,7 @@ def update_params(
     if accepted:
         optimizer.step()
     if accepted and kfac is not None and trial is not None:
-        with torch.no_grad(), _random_state_of(model, random_state), _kept_buffers(model):
+        with torch.no_grad(), _random_state_of(model, random_state), kept_buffers(model):
             after, _ = mean_loss(forward(model, update_batch_norm=False)[0])
         kfac.end_trial(trial, _over_ranks(loss), _over_ranks(after))
     run.log.add("update", time.perf_counter() - update_start)
@@ -289,19 +290,6 @@ def _random_state_of(model: nn.Module, states: list[Tensor] | None) -> Iterator[
         yield
 
 
-@contextmanager
-def _kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Puts buffers (running statistics) back: not all workloads heed update_batch_norm."""
-    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in kept:
-                    buffer.copy_(kept[name])
-
-
 def _clip_gradient(model: nn.Module, largest_norm: float | None) -> Tensor:
     """Scales the gradient down to the largest norm, if there is one; returns the norm before."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -320,6 +308,6 @@ def _dropout_argument(workload: Any, settings: Hyperparameters) -> dict[str, flo
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:
-    """The module to record: hooks inside a compiled one are skipped, or make it compile again."""
+    """The module to record: before PyTorch 2.6 hooks inside a compiled one cannot be had."""
     inner = getattr(model, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else model

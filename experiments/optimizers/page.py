@@ -44,7 +44,7 @@ def how(tasks: Sequence[TaskLogs], found: Sequence[Log]) -> str:
     """How the figures came about: budgets, seeds, what is missing."""
     lines = [
         "## How it was measured\n",
-        "`./run.sh experiments optimizers` wrote the logs; this page is made from them alone. "
+        "This page is made from logs alone; `./run.sh experiments optimizers` writes them. "
         f"Every method was tuned with {POINTS} points, one run each with seed {TUNING_SEED}; the "
         "point with the best metric then ran with other seeds, and figures are mean ± standard "
         "error over those. All runs of a task have the same length, for each seed the same first "

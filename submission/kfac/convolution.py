@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -105,10 +105,7 @@ def as_called(module: Any, x: Tensor, y: Tensor) -> Any:
     if not module.transposed:
         return module
     used = tuple(
-        size
-        - DimensionGeometry(g.kernel, g.stride, g.dilation, (g.padding[0], 0), g.mode).output_size(
-            before
-        )
+        size - replace(g, padding=(g.padding[0], 0)).output_size(before)
         for size, before, g in zip(y.shape[2:], x.shape[2:], geometry_of(module), strict=True)
     )
     if used == tuple(module.output_padding):

@@ -166,15 +166,21 @@ def _call(model: nn.Module, inputs: Any) -> Tensor:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Leaves buffers (running statistics) and the global random state as they were."""
+def kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Puts buffers (running statistics) back as they were."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices=devices):
-            yield
+        yield
     finally:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 if name in buffers and not torch.equal(buffer, buffers[name]):
                     buffer.copy_(buffers[name])
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Leaves buffers and the global random state as they were."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with kept_buffers(model), torch.random.fork_rng(devices=devices):
+        yield

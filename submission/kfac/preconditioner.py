@@ -300,6 +300,7 @@ class KFAC:
             KFACError: `max_failures` updates in a row had to be dropped.
         """
         start = time.perf_counter()
+        self._recordings = {}  # one that was not used keeps a graph alive
         accumulated = self._take_in()
         factors_done = time.perf_counter()
         if self._state.averages and (
@@ -437,8 +438,13 @@ class KFAC:
             **self._state.to_dict(),
             "kfac_approx": self.config.kfac_approx,
             "parts": self._parts.names,
+            "inverses_complete": not self._shares_inverses,
             "generator": self._generator.get_state(),
         }
+
+    @property
+    def _shares_inverses(self) -> bool:
+        return self.config.inverse_placement == "one_rank" and bool(self._parts.owners)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a state; tensors move to the device of the parameters.
@@ -457,9 +463,13 @@ class KFAC:
         if parts.names != list(state["parts"]):
             differing = sorted(set(parts.names) ^ set(state["parts"]))
             raise ValueError(f"K-FAC state belongs to another model: it differs in {differing[:5]}")
-        if self.config.inverse_placement == "one_rank" and parts.owners:
-            # The checkpoint has those of one rank: all make theirs anew, at the same step.
+        if not state["inverses_complete"]:
+            # It has those of one rank: all make theirs anew, at the same step.
             restored.inverses_stale = True
         self._state, self._parts = restored, parts
+        if self._shares_inverses:
+            for name, owner in parts.owners.items():
+                if owner != distributed.rank():
+                    restored.inverses.pop(name, None)
         self._generator.set_state(state["generator"].cpu())
         self._recordings, self._accumulated, self._reduction = {}, None, None

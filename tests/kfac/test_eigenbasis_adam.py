@@ -11,7 +11,7 @@ from torch import nn
 from submission.kfac import KFAC, KFACConfig
 from submission.kfac.eigenbasis_adam import count_step, direction, turn_second_moments
 from submission.kfac.partition import partition
-from submission.optimizers import Follow, NAdamW
+from submission.optimizers import NAdamW
 
 BETAS, EPSILON = (0.9, 0.99), 1e-8
 
@@ -108,14 +108,14 @@ def train(model, kfac, optimizer, steps):
 def test_it_trains_everything_and_resumes_to_the_bit(kfac_approx):
     model = net()
     kfac = KFAC(model, config(kfac_approx=kfac_approx))
-    optimizer = Follow(model.parameters(), lr=0.02, weight_decay=0.01)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, weight_decay=0.01)
     before = [p.detach().clone() for p in model.parameters()]
     losses = train(model, kfac, optimizer, range(8))
     assert all(not torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
     resumed = copy.deepcopy(model)
     again = KFAC(resumed, config(kfac_approx=kfac_approx))
     again.load_state_dict(copy.deepcopy(kfac.state_dict()))
-    other = Follow(resumed.parameters(), lr=0.02, weight_decay=0.01)
+    other = torch.optim.SGD(resumed.parameters(), lr=0.02, weight_decay=0.01)
     losses += train(model, kfac, optimizer, range(8, 60))
     train(resumed, again, other, range(8, 60))
     for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
@@ -128,7 +128,7 @@ def test_parameters_outside_layers_are_trained_by_adam():
     kfac = KFAC(model, config())
     twin = copy.deepcopy(model[2])
     adam = NAdamW(twin.parameters(), lr=0.02, betas=BETAS, eps=EPSILON)
-    optimizer = Follow(model.parameters(), lr=0.02)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     own, copies = list(model[2].parameters()), list(twin.parameters())
 
     def copy_gradient(p, q):
@@ -146,7 +146,7 @@ def test_parameters_outside_layers_are_trained_by_adam():
 def test_a_step_that_is_not_finite_enters_no_moment():
     model = net()
     kfac = KFAC(model, config())
-    optimizer = Follow(model.parameters(), lr=0.02)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     train(model, kfac, optimizer, range(3))
     before = copy.deepcopy(kfac.state_dict())
     for p in model.parameters():

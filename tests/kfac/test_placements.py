@@ -41,15 +41,15 @@ def data(step, rank=None):
     return x if rank is None else x[:2] if rank == 0 else x[2:]
 
 
-def train(model, settings, steps, rank=None, before=None):
-    kfac = KFAC(
+def train(model, settings, steps, rank=None, before=None, kfac=None):
+    kfac = kfac or KFAC(
         model,
-        KFACConfig(
-            fisher_type="type-2", factor_update_steps=2, inverse_update_steps=4, factor_decay=0.5,
-            max_factor_side=9, **settings,
-        ),
+        KFACConfig(**{
+            "fisher_type": "type-2", "factor_update_steps": 2, "inverse_update_steps": 4,
+            "factor_decay": 0.5, "max_factor_side": 9, **settings,
+        }),
     )  # fmt: skip
-    for t in range(steps):
+    for t in steps:
         if before is not None:
             before(model, kfac, t)
         with kfac.record():
@@ -90,7 +90,7 @@ def all_placements(rank):
         for placement in PLACEMENTS:
             model = DistributedDataParallel(Net())
             settings = {"damping_kind": kind, "inverse_placement": placement}
-            kfac = train(model, settings, 6, rank)
+            kfac = train(model, settings, range(6), rank)
             kept = sorted(kfac.state_dict()["inverses"])
             found[f"{placement} {kind}"] = (model.module.state_dict(), kept)
     return found
@@ -100,7 +100,7 @@ def test_all_placements_give_the_parameters_of_one_process():
     ranks = on_two_ranks(all_placements)
     for kind in KINDS:
         model = Net()
-        train(model, {"damping_kind": kind}, 6)
+        train(model, {"damping_kind": kind}, range(6))
         for placement in PLACEMENTS:
             kept = []
             for found in ranks:
@@ -116,6 +116,38 @@ def test_all_placements_give_the_parameters_of_one_process():
                 assert kept[0] == kept[1] >= layers
 
 
+def resumed(rank, placement):
+    """Parameters after eight steps, a checkpoint of rank 0 restored on all ranks after four."""
+    model = DistributedDataParallel(Net())
+    settings = {"inverse_placement": placement, "inverse_update_steps": 2}
+    kfac = train(model, settings, range(4), rank)
+    saved = [kfac.state_dict()] if rank == 0 else [None]
+    dist.broadcast_object_list(saved, src=0)
+    again = KFAC(model, kfac.config)
+    again.load_state_dict(saved[0])
+    train(model, settings, range(4, 8), rank, kfac=again)
+    return {"parameters": model.module.state_dict(), "state": saved[0]}
+
+
+@pytest.mark.parametrize("placement", list(PLACEMENTS))
+def test_a_checkpoint_of_rank_0_serves_all_ranks_and_one_process(placement):
+    model = Net()
+    settings = {"inverse_update_steps": 2}
+    train(model, settings, range(8))
+    ranks = on_two_ranks(resumed, placement)
+    for found in ranks:
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(found["parameters"][name], value, rtol=1e-10, atol=1e-11)
+    assert ranks[0]["state"]["inverses_complete"] == (placement != "one_rank")
+    alone = Net()
+    kfac = train(alone, settings, range(4))
+    again = KFAC(alone, kfac.config)
+    again.load_state_dict(ranks[0]["state"])
+    train(alone, settings, range(4, 8), kfac=again)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(alone.state_dict()[name], value, rtol=1e-10, atol=1e-11)
+
+
 def different_ranks(rank):
     """Rank 1 does not call a layer at first, later runs out of memory."""
 
@@ -123,7 +155,7 @@ def different_ranks(rank):
         model.module.with_wide = rank == 0 or t >= 2
 
     model = DistributedDataParallel(Net(), find_unused_parameters=True)
-    kfac = train(model, {}, 4, rank, before)
+    kfac = train(model, {}, range(4), rank, before)
     called = sorted(kfac.state_dict()["called"])
     averages = {
         n: {k: v.clone() for k, v in a.items()} for n, a in kfac.state_dict()["averages"].items()
@@ -202,7 +234,7 @@ def test_jobs_are_shared_out_largest_first():
 
 def test_a_single_process_keeps_everything():
     model = Net()
-    kfac = train(model, {"inverse_placement": "one_rank"}, 2)
+    kfac = train(model, {"inverse_placement": "one_rank"}, range(2))
     assert {"conv", "wide", "last"} <= kfac.state_dict()["inverses"].keys()
 
 

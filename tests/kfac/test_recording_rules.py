@@ -92,7 +92,7 @@ def test_empirical_through_a_batch_norm_in_training_mode_is_unbiased():
     assert ((draws.mean(0) - exact).abs() <= 4.5 * error).all()
 
 
-def test_evaluation_mode_needs_one_pass_only():
+def test_in_evaluation_mode_no_sign_is_drawn():
     model, x, y = batch_norm_net().eval(), torch.randn(8, 4), torch.randint(3, (8,))
     options = {"likelihood": "categorical", "kfac_approx": "expand", "fisher_type": "empirical"}
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
