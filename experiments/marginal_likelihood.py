@@ -36,7 +36,7 @@ from quickstart import images
 from quickstart.errors import QuickstartError
 from quickstart.images import ImageData
 
-SMALL = ["--epochs", "15"]
+SMALL: list[str] = []
 PAPER = """
 The paper's Tables 2 and 5 have a Wide ResNet 16-4 (Fixup) on CIFAR-10 with and without
 augmentation; reduce takes about half of expand's time there. Its other numbers were not available

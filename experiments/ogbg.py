@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments import target_runs
-from experiments.target_runs import draw, tables
+from experiments.target_runs import add_flags, draw, tables
 
 SMALL: list[str] = []
 PAPER = """
@@ -43,11 +43,6 @@ done; done
 """
 
 __all__ = ["PAPER", "SMALL", "add_flags", "draw", "run", "tables"]
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Seeds, length, data."""
-    target_runs.add_flags(parser)
 
 
 def run(options: argparse.Namespace, folder: Path, console: Console) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments import cifar, pictures
+from experiments import cifar, image_tuning, pictures
 from experiments.tables import Table
 from quickstart import molecules, settings
 from quickstart.errors import QuickstartError, writing
@@ -45,18 +45,30 @@ class Contest:
     steps: int
 
 
-def of_study(workload: str, reference: str, more: dict[str, Path] | None = None) -> Contest:
-    """The comparison with a reference in the quickstart's study, and further methods."""
+def of_study(workload: str, reference: str) -> Contest:
+    """The comparison with a reference in the quickstart's study."""
     study = settings.read_study(workload)
     comparison = next(c for c in study.comparisons if c.reference == reference)
-    points = {method: settings.method_file(workload, method) for method in comparison.methods}
     return Contest(
         workload,
         reference,
-        {**points, **(more or {})},
+        {method: settings.method_file(workload, method) for method in comparison.methods},
         comparison.validation_target_value,
         comparison.test_target_value,
         study.max_global_steps,
+    )
+
+
+def of_tuned_images(methods: tuple[str, ...]) -> Contest:
+    """Methods that `image_tuning` has tuned, the reference first, on its target."""
+    record = settings.read_json(image_tuning.RECORD)
+    return Contest(
+        "images",
+        image_tuning.REFERENCE,
+        {method: image_tuning.point_file(method) for method in methods},
+        record["target"],
+        record["target"],
+        record["steps"],
     )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from experiments import cifar, every_step, imagenet_vit, ogbg, target_runs
+from experiments import cifar, every_step, image_tuning, imagenet_vit, ogbg, target_runs
 from quickstart.errors import QuickstartError
 from quickstart.parallel import Outcome
 from submission.hyperparameters import Hyperparameters
@@ -23,13 +23,7 @@ def test_every_step_on_the_digits(tmp_path: Path) -> None:
         options("--seeds", "0", "--steps=30", "--jobs=2"), tmp_path, Console(quiet=True)
     )
     assert result["data"] == "scikit-learn's digits"
-    assert list(result["methods"]) == [
-        "nadamw",
-        "kfac_expand_nadamw",
-        "kfac_reduce_nadamw",
-        "kfac_expand_every_step",
-        "kfac_reduce_every_step",
-    ]
+    assert tuple(result["methods"]) == every_step.METHODS
     for method in result["methods"].values():
         assert method["curves"][0]["steps"][-1] == 30
     (table,) = target_runs.tables(result)
@@ -38,7 +32,7 @@ def test_every_step_on_the_digits(tmp_path: Path) -> None:
 
 
 def test_settings_are_every_step_with_an_average_and_clipping() -> None:
-    files = sorted(every_step.SETTINGS.glob("*every_step.json"))
+    files = sorted(image_tuning.SETTINGS.glob("*every_step.json"))
     assert len(files) == 4
     for path in files:
         content = json.loads(path.read_text())
@@ -112,3 +106,21 @@ def test_packed_jpegs_are_called_recompressed(tmp_path: Path) -> None:
     (tmp_path / "cifar-10-batches-py").mkdir()
     (tmp_path / "cifar-10-batches-py" / "data_batch_1").touch()
     assert cifar.name_of(tmp_path) == "CIFAR-10"
+
+
+def test_tuning_tried_as_much_for_every_method_and_took_the_best() -> None:
+    record = json.loads(image_tuning.RECORD.read_text())
+    assert record["target"] == image_tuning.below(
+        min(record["reference_with_other_seeds"].values())
+    )
+    for method in image_tuning.METHODS:
+        tried = [entry for entry in record["tried"] if entry["method"] == method]
+        assert [entry["learning_rate"] for entry in tried] == list(image_tuning.LEARNING_RATES)
+        best = max(tried, key=lambda entry: entry["best_accuracy"])
+        (point,) = json.loads(image_tuning.point_file(method).read_text())
+        assert point == {**image_tuning.base_point(method), "learning_rate": best["learning_rate"]}
+
+
+@pytest.mark.parametrize(("value", "target"), [(0.9056, 0.90), (0.91, 0.90), (0.95, 0.94)])
+def test_target_lies_below_what_was_reached(value: float, target: float) -> None:
+    assert image_tuning.below(value) == target
