@@ -238,7 +238,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
             (name, f"{m['reached']}/{m['runs']}", stat(m["steps"], 0), ratios[0],
              stat(m["seconds"], 1), ratios[1])
         )  # fmt: skip
-    title = f"To a {result['metric']} of {result['target']:g} on {result['data']}, mean ± s.e."
+    title = f"Target: {result['metric']} {result['target']:g} on {result['data']}, mean ± s.e."
     header = ("", "reached", "steps", "ratio", "seconds", "ratio")
     return [Table(title, header, tuple(rows))]
 
