@@ -116,36 +116,40 @@ def test_all_placements_give_the_parameters_of_one_process():
                 assert kept[0] == kept[1] >= layers
 
 
-def resumed(rank, placement):
-    """Parameters after eight steps, a checkpoint of rank 0 restored on all ranks after five."""
-    model = DistributedDataParallel(Net())
-    settings = {"inverse_placement": placement, "inverse_update_steps": 2}
-    kfac = train(model, settings, range(5), rank)
-    saved = [kfac.state_dict()] if rank == 0 else [None]
-    dist.broadcast_object_list(saved, src=0)
-    again = KFAC(model, kfac.config)
-    again.load_state_dict(saved[0])
-    train(model, settings, range(5, 8), rank, kfac=again)
-    return {"parameters": model.module.state_dict(), "state": saved[0]}
+def resumed(rank):
+    """By placement: parameters after eight steps, and the checkpoint of rank 0 that was restored on
+    all ranks after five."""
+    found = {}
+    for placement in PLACEMENTS:
+        model = DistributedDataParallel(Net())
+        settings = {"inverse_placement": placement, "inverse_update_steps": 2}
+        kfac = train(model, settings, range(5), rank)
+        saved = [kfac.state_dict()] if rank == 0 else [None]
+        dist.broadcast_object_list(saved, src=0)
+        again = KFAC(model, kfac.config)
+        again.load_state_dict(saved[0])
+        train(model, settings, range(5, 8), rank, kfac=again)
+        found[placement] = {"parameters": model.module.state_dict(), "state": saved[0]}
+    return found
 
 
-@pytest.mark.parametrize("placement", list(PLACEMENTS))
-def test_a_checkpoint_of_rank_0_serves_all_ranks_and_one_process(placement):
+def test_a_checkpoint_of_rank_0_serves_all_ranks_and_one_process():
     model = Net()
     settings = {"inverse_update_steps": 2}
     train(model, settings, range(8))
-    ranks = on_two_ranks(resumed, placement)
-    for found in ranks:
-        for name, value in model.state_dict().items():
-            torch.testing.assert_close(found["parameters"][name], value, rtol=1e-10, atol=1e-11)
-    assert ranks[0]["state"]["inverses_complete"] == (placement != "one_rank")
-    alone = Net()
-    kfac = train(alone, settings, range(5))
-    again = KFAC(alone, kfac.config)
-    again.load_state_dict(ranks[0]["state"])
-    train(alone, settings, range(5, 8), kfac=again)
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(alone.state_dict()[name], value, rtol=1e-10, atol=1e-11)
+    ranks = on_two_ranks(resumed)
+    for placement in PLACEMENTS:
+        state = ranks[0][placement]["state"]
+        assert state["inverses_complete"] == (placement != "one_rank")
+        alone = Net()
+        kfac = train(alone, settings, range(5))
+        again = KFAC(alone, kfac.config)
+        again.load_state_dict(state)
+        train(alone, settings, range(5, 8), kfac=again)
+        everyone = [found[placement]["parameters"] for found in ranks] + [alone.state_dict()]
+        for parameters in everyone:
+            for name, value in model.state_dict().items():
+                torch.testing.assert_close(parameters[name], value, rtol=1e-10, atol=1e-11)
 
 
 def different_ranks(rank):
