@@ -1,6 +1,5 @@
 """Two real processes over gloo against one process on the joined batch."""
 
-import os
 import tempfile
 
 import pytest
@@ -9,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from nets import Mean, Pool
+from processes import joined
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -94,16 +94,13 @@ CASES = {"explicit": (explicit_net, explicit_step), "ragged": (ragged_net, ragge
 
 def worker(rank, case, kfac_approx, folder):
     torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     build, step = CASES[case]
-    model = DistributedDataParallel(build())
-    kfac = KFAC(model, config(kfac_approx))
-    for t in range(STEPS):
-        step(model, kfac, t, rank)
-    torch.save(model.module.state_dict(), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    with joined(rank, 2, folder):
+        model = DistributedDataParallel(build())
+        kfac = KFAC(model, config(kfac_approx))
+        for t in range(STEPS):
+            step(model, kfac, t, rank)
+        torch.save(model.module.state_dict(), f"{folder}/{rank}.pt")
 
 
 @pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])

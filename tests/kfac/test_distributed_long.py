@@ -6,7 +6,6 @@ one set of processes, whose start takes longest.
 
 import os
 import time
-from datetime import timedelta
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from nets import Mean, Pool
+from processes import joined
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -124,23 +124,12 @@ def train(case, model, kfac, numbers, rank=0):
                 p -= 0.05 * p.grad
 
 
-def join(rank, ranks, folder, seconds=120):
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store{ranks}", rank=rank, world_size=ranks,
-        timeout=timedelta(seconds=seconds),
-    )  # fmt: skip
-
-
 def path_of(folder, *words):
     return f"{folder}/{'-'.join(map(str, words))}.pt"
 
 
-def worker(rank, ranks, folder):
-    """All cases; in the middle the first rank saves, for a run on another number of ranks."""
-    join(rank, ranks, folder)
+def all_cases(rank, ranks, folder):
+    """In the middle the first rank saves, for a run on another number of ranks."""
     for name, case in CASES.items():
         for kfac_approx in APPROXES:
             model, kfac = begin(case, kfac_approx)
@@ -150,18 +139,26 @@ def worker(rank, ranks, folder):
                 torch.save(state, path_of(folder, "middle", name, kfac_approx, ranks))
             train(case, model, kfac, range(STEPS // 2, STEPS), rank)
             torch.save(model.module.state_dict(), path_of(folder, name, kfac_approx, ranks, rank))
-    if ranks == 4:
-        case = CASES["explicit"]
-        for kfac_approx in APPROXES:
-            model, kfac = begin(case, kfac_approx)
-            saved = torch.load(
-                path_of(folder, "middle", "explicit", kfac_approx, 2), weights_only=True
-            )
-            model.module.load_state_dict(saved[0])
-            kfac.load_state_dict(saved[1])
-            train(case, model, kfac, range(STEPS // 2, STEPS), rank)
-            torch.save(model.module.state_dict(), path_of(folder, "moved", kfac_approx, rank))
-    dist.destroy_process_group()
+
+
+def second_half_of_two_ranks(rank, folder):
+    """Goes on, on all ranks there are, from where two ranks have saved."""
+    case = CASES["explicit"]
+    for kfac_approx in APPROXES:
+        model, kfac = begin(case, kfac_approx)
+        saved = torch.load(path_of(folder, "middle", "explicit", kfac_approx, 2), weights_only=True)
+        model.module.load_state_dict(saved[0])
+        kfac.load_state_dict(saved[1])
+        train(case, model, kfac, range(STEPS // 2, STEPS), rank)
+        torch.save(model.module.state_dict(), path_of(folder, "moved", kfac_approx, rank))
+
+
+def worker(rank, ranks, folder):
+    torch.set_default_dtype(torch.float64)
+    with joined(rank, ranks, folder):
+        all_cases(rank, ranks, folder)
+        if ranks == 4:
+            second_half_of_two_ranks(rank, folder)
 
 
 @pytest.fixture(scope="module")
@@ -200,21 +197,22 @@ def test_a_run_goes_on_with_another_number_of_ranks(runs, kfac_approx):
 
 
 def faulty_worker(rank, folder, fault):
-    join(rank, 4, folder, seconds=10)
-    case = CASES["explicit"]
-    model, kfac = begin(case, "reduce")
-    train(case, model, kfac, range(3), rank)
-    dist.barrier()
-    if rank == 2:
-        if fault == "dies":
-            os._exit(17)
-        time.sleep(600)
-    try:
-        train(case, model, kfac, range(3, STEPS), rank)
-        torch.save("", path_of(folder, "error", rank))
-    except RuntimeError as error:
-        torch.save(str(error), path_of(folder, "error", rank))
-    os._exit(1)  # gloo's threads sometimes abort when a process with a lost peer is torn down
+    torch.set_default_dtype(torch.float64)
+    with joined(rank, 4, folder, seconds=10):
+        case = CASES["explicit"]
+        model, kfac = begin(case, "reduce")
+        train(case, model, kfac, range(3), rank)
+        dist.barrier()
+        if rank == 2:
+            if fault == "dies":
+                os._exit(17)
+            time.sleep(600)
+        try:
+            train(case, model, kfac, range(3, STEPS), rank)
+            torch.save("", path_of(folder, "error", rank))
+        except RuntimeError as error:
+            torch.save(str(error), path_of(folder, "error", rank))
+        os._exit(1)  # the barrier at the end would wait for the lost rank
 
 
 @pytest.mark.parametrize("fault", ["dies", pytest.param("hangs", marks=pytest.mark.slow)])

@@ -1,12 +1,12 @@
 """Inverses shared out over ranks, and ranks that do not see the same: two real processes."""
 
-import os
 import tempfile
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from processes import joined
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -76,11 +76,8 @@ def on_two_ranks(function, *arguments):
 
 def _worker(rank, function, arguments, folder):
     torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save(function(rank, *arguments), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    with joined(rank, 2, folder):
+        torch.save(function(rank, *arguments), f"{folder}/{rank}.pt")
 
 
 def all_placements(rank):

@@ -1,11 +1,9 @@
 """Several ranks go on from a checkpoint although AlgoPerf's restore drops the DDP wrapper."""
 
-import os
-
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
+from processes import joined
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from workload import GraphNet, GraphWorkload, graph_batch
@@ -50,30 +48,25 @@ def restore_as_algoperf_does(path, model, state):
 
 
 def worker(rank, folder):
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS
-    )
-    model = train(*begin(), range(STEPS), rank)
-    undisturbed = {k: v.clone() for k, v in model.module.state_dict().items()}
+    with joined(rank, RANKS, folder):
+        model = train(*begin(), range(STEPS), rank)
+        undisturbed = {k: v.clone() for k, v in model.module.state_dict().items()}
 
-    model, state = begin()
-    train(model, state, range(STOP), rank)
-    torch.save(
-        {
-            "model_params": model.module.state_dict(),
-            "optimizer_state": {key: value.state_dict() for key, value in state.items()},
-        },
-        f"{folder}/checkpoint_{rank}",
-    )
-    model, state = begin()
-    bare = restore_as_algoperf_does(f"{folder}/checkpoint_{rank}", model, state)
-    assert not isinstance(bare, DistributedDataParallel)
-    returned = train(bare, state, range(STOP, STEPS), rank)
-    assert returned is model
-    torch.save((undisturbed, bare.state_dict()), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+        model, state = begin()
+        train(model, state, range(STOP), rank)
+        torch.save(
+            {
+                "model_params": model.module.state_dict(),
+                "optimizer_state": {key: value.state_dict() for key, value in state.items()},
+            },
+            f"{folder}/checkpoint_{rank}",
+        )
+        model, state = begin()
+        bare = restore_as_algoperf_does(f"{folder}/checkpoint_{rank}", model, state)
+        assert not isinstance(bare, DistributedDataParallel)
+        returned = train(bare, state, range(STOP, STEPS), rank)
+        assert returned is model
+        torch.save((undisturbed, bare.state_dict()), f"{folder}/{rank}.pt")
 
 
 def test_ranks_that_resume_stay_together(tmp_path):
