@@ -49,10 +49,13 @@ def invert(
         return _invert_product(a, b, strength)
     add_a, add_b = damping_rules.split(kind, strength, mean_a, mean_b)
     inverse: Inverse = {}
-    for side, factor, added in (("A", a, add_a), ("B", b, add_b)):
+    out_side, in_side = part.sides
+    # A gradient [P_out, P_in] is P_out vectors for A and P_in for B.
+    for side, factor, added, vectors in (("A", a, add_a, out_side), ("B", b, add_b, in_side)):
         found = invert_factor(
-            factor.values, added, diagonal=factor.diagonal, low_rank=factor.low_rank, uses=uses
-        )
+            factor.values, added,
+            diagonal=factor.diagonal, low_rank=factor.low_rank, vectors=uses * vectors,
+        )  # fmt: skip
         if found is None:
             return None
         inverse.update({f"{side}.{form}": tensor for form, tensor in found.items()})

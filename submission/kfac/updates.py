@@ -34,7 +34,11 @@ def average_in(
     Returns:
         Whether the sums were good.
     """
-    flat = [tensor.sum() for part in parts for tensor in sums[part.name].values()]
+    flat = [
+        _where_faults_show(key, tensor).sum()
+        for part in parts
+        for key, tensor in sums[part.name].items()
+    ]
     counts = [sums[part.name]["count"] for part in parts]
     good = torch.stack([tensor.double() for tensor in flat]).isfinite().all()
     good &= (terms > 0) & terms.isfinite()
@@ -54,6 +58,16 @@ def average_in(
             for key, value in new.items():
                 old[key].lerp_(value, weight)
     return True
+
+
+def _where_faults_show(key: str, tensor: Tensor) -> Tensor:
+    """Entries of which one is not finite if any entry of the tensor is not.
+
+    In a sum of outer products these are the squares: a fault in a row is in its own square, and no
+    other product is larger (|a b| <= max(a², b²)).
+    """
+    dense = key in ("A", "B") and tensor.dim() == 3
+    return tensor.diagonal(dim1=-2, dim2=-1) if dense else tensor
 
 
 def renew_inverses(

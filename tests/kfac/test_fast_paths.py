@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from submission.kfac import convolution, factors, shifted_products
+from submission.kfac import convolution, factor_inverses, factors, shifted_products
 
 
 def random_convolution(seed):
@@ -77,3 +77,48 @@ def test_symmetric_products_add_to_what_is_there(side, monkeypatch):
     moment = before.T @ before
     factors.add_outer_products(moment.view(side, side), rows)
     torch.testing.assert_close(moment, before.T @ before + rows.T @ rows)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("seed", range(20))
+def test_a_fault_of_an_input_shows_on_the_diagonal_of_shifted_products(seed, value):
+    layer, x = random_convolution(seed)
+    geometry = convolution.geometry_of(layer)
+    for index in torch.randint(x.numel(), (5,), generator=torch.Generator().manual_seed(seed)):
+        faulty = x.clone()
+        faulty.flatten()[index] = value
+        moment = shifted_products.second_moment(faulty, geometry, layer.groups)
+        assert not moment.isfinite().all()
+        assert not moment.diagonal(dim1=-2, dim2=-1).isfinite().all()
+
+
+@pytest.mark.parametrize("side", [1, 5, 40])
+def test_an_inverse_is_explicit_for_many_vectors_and_is_the_same_for_few(side):
+    rows = torch.randn(2, 2 * side, side)
+    factor, added = rows.mT @ rows, torch.tensor([0.1, 0.5])
+    vectors = torch.randn(2, side, 7)
+    expected = torch.linalg.solve(factor + added.reshape(2, 1, 1) * torch.eye(side), vectors)
+    for count, form in ((side, "cholesky"), (2 * side, "inverse")):
+        inverse = factor_inverses.invert_factor(
+            factor, added, diagonal=False, low_rank=False, vectors=count
+        )
+        assert list(inverse) == [form]
+        for found in (
+            factor_inverses.apply_left(inverse, vectors),
+            factor_inverses.apply_right(vectors.mT, inverse).mT,
+        ):
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_what_cannot_be_factorised_has_no_inverse():
+    factor = torch.eye(3).unsqueeze(0)
+    for i, j in ((0, 0), (2, 0), (2, 2)):
+        faulty = factor.clone()
+        faulty[0, i, j] = faulty[0, j, i] = float("nan")
+        for vectors in (1, 100):
+            assert (
+                factor_inverses.invert_factor(
+                    faulty, torch.tensor([0.1]), diagonal=False, low_rank=False, vectors=vectors
+                )
+                is None
+            )
