@@ -16,6 +16,7 @@ variances of uncorrelated entries are mixed with. Parts without factors are trai
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,49 +27,65 @@ from .statistics import Part
 Moments = dict[str, Tensor]  # first, second: in the part's canonical view
 
 
-def count_step(count: Tensor | None, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """(number of steps so far, this one included; whether its gradients are all finite).
+@dataclass(frozen=True)
+class AdamStep:
+    """What all parts have in common in one step. Nothing here waits for a device.
 
-    A step that is not finite does not count, and enters no moment. Nothing here waits for a device.
+    Attributes:
+        count: number of steps so far, this one included; one that is not finite does not count,
+            and enters no moment.
+        finite: whether all gradients of this step are finite.
+        weights: of the new gradient in either moment, 1 - β, or 0 where they are not finite.
+        corrections: 1 - βᵗ of either moment.
+        epsilon: ε.
     """
-    good = torch.stack([gradient.sum(dtype=torch.float64) for gradient in gradients])
-    finite = good.isfinite().all()
-    total = finite.to(torch.float64)
-    return (total if count is None else count + total), finite
+
+    count: Tensor
+    finite: Tensor
+    weights: tuple[Tensor, Tensor]
+    corrections: tuple[Tensor, Tensor]
+    epsilon: float
+
+    @classmethod
+    def of(
+        cls,
+        count: Tensor | None,
+        gradients: Sequence[Tensor],
+        *,
+        betas: tuple[float, float],
+        epsilon: float,
+    ) -> AdamStep:
+        """The step after `count` others (None for the first)."""
+        dtype = gradients[0].dtype
+        finite = torch.stack([g.sum(dtype=torch.float64) for g in gradients]).isfinite().all()
+        total = finite.to(torch.float64)
+        total = total if count is None else count + total
+        weight1, weight2 = ((1 - beta) * finite.to(dtype) for beta in betas)
+        correction1, correction2 = (
+            (1 - beta**total).clamp(min=1 - beta).to(dtype) for beta in betas
+        )
+        return cls(total, finite, (weight1, weight2), (correction1, correction2), epsilon)
 
 
 def direction(
-    basis: Mapping[str, Tensor],
-    moments: Moments,
-    gradient: Tensor,
-    *,
-    betas: tuple[float, float],
-    epsilon: float,
-    count: Tensor,
-    finite: Tensor,
+    basis: Mapping[str, Tensor], moments: Moments, gradient: Tensor, step: AdamStep
 ) -> Tensor:
-    """Δ of one part; its moments change in place.
+    """Δ of one part, or of several side by side; the moments change in place.
 
     Args:
         basis: has "A.eigenvectors" [groups, P_in, P_in] and "B.eigenvectors" [groups, P_out,
             P_out]; a side without stays as it is.
-        moments: of the part; empty in its first step.
-        gradient: in the canonical view (see `gradients`).
-        count, finite: see `count_step`.
+        moments: "first" and "second", in the shape of the gradient; zeros before the first step.
+        gradient: in the canonical view (see `gradients`); any shape where there is no basis.
     """
-    if not moments:
-        moments["first"], moments["second"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
     first, second = moments["first"], moments["second"]
-    gradient = torch.where(finite, gradient, 0)
-    weight1, weight2 = ((1 - beta) * finite.to(gradient.dtype) for beta in betas)
-    first.lerp_(gradient, weight1)
-    second.lerp_(into_basis(basis, gradient).square(), weight2)
-    correction1, correction2 = (
-        (1 - beta**count).clamp(min=1 - beta).to(gradient.dtype) for beta in betas
-    )
-    ahead = into_basis(basis, first.lerp(gradient, weight1))
-    scaled = (ahead / correction1) / ((second / correction2).sqrt() + epsilon)
-    return out_of_basis(basis, scaled)
+    gradient = torch.where(step.finite, gradient, 0)
+    rotated = into_basis(basis, gradient)
+    first.lerp_(gradient, step.weights[0])
+    second.lerp_(rotated.square(), step.weights[1])
+    ahead = into_basis(basis, first.lerp(gradient, step.weights[0]))
+    denominator = (second / step.corrections[1]).sqrt_().add_(step.epsilon)
+    return out_of_basis(basis, ahead.div_(denominator.mul_(step.corrections[0])))
 
 
 def into_basis(basis: Mapping[str, Tensor], gradient: Tensor) -> Tensor:

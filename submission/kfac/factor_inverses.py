@@ -16,6 +16,9 @@ to which the factor is known at all; if that fails too, the result is None.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -26,48 +29,120 @@ FactorInverse = dict[str, Tensor]
 VECTORS_FOR_EXPLICIT_INVERSE = 1.5
 
 
-def invert_factor(
-    factor: Tensor, added: Tensor, *, diagonal: bool, low_rank: bool, vectors: int
-) -> FactorInverse | None:
-    """(factor + added·I)⁻¹.
+# Dense factors up to this side are factorised together, by type of device: on a CPU a larger one
+# fills the cores by itself, and on a GPU too.
+LARGEST_BATCHED_SIDE = {"cpu": 128}
+LARGEST_BATCHED_SIDE_ELSEWHERE = 1024
 
-    Args:
+
+@dataclass(frozen=True)
+class Request:
+    """A factor to be inverted: (factor + added·I)⁻¹.
+
+    Attributes:
         factor: [groups, d, d]; [groups, d] where `diagonal`; rows R [groups, n, d] where
             `low_rank`.
         added: ε, [groups].
         vectors: how many it will be applied to, over all steps until it is renewed.
     """
-    if diagonal:
-        return {"reciprocal": (factor + added.unsqueeze(-1)).reciprocal()}
-    if low_rank:
-        return _invert_low_rank(factor, added)
-    lower = _damped_cholesky(factor, added)
+
+    factor: Tensor
+    added: Tensor
+    diagonal: bool = False
+    low_rank: bool = False
+    vectors: int = 1
+
+    @property
+    def form(self) -> str:
+        """Which of the forms of the table above it gets."""
+        if self.diagonal or self.low_rank:
+            return "diagonal" if self.diagonal else "low rank"
+        few = self.vectors < VECTORS_FOR_EXPLICIT_INVERSE * self.factor.shape[-1]
+        return "cholesky" if few else "inverse"
+
+
+def invert_factors(requests: Sequence[Request]) -> list[FactorInverse | None]:
+    """The inverses of all requests; None for those that cannot be had."""
+    found: list[FactorInverse | None] = [None] * len(requests)
+    together: dict[object, list[int]] = {}
+    for i, request in enumerate(requests):
+        if request.form == "diagonal":
+            reciprocal = (request.factor + request.added.unsqueeze(-1)).reciprocal()
+            found[i] = {"reciprocal": reciprocal}
+        elif request.form == "low rank":
+            found[i] = _invert_low_rank(request.factor, request.added)
+        else:
+            factor = request.factor
+            kind = factor.device.type
+            large = factor.shape[-1] > LARGEST_BATCHED_SIDE.get(
+                kind, LARGEST_BATCHED_SIDE_ELSEWHERE
+            )
+            key = i if large else (factor.shape[-1], factor.dtype, factor.device, request.form)
+            together.setdefault(key, []).append(i)
+    groups = list(together.values())
+    tried = [_try_dense([requests[i] for i in group]) for group in groups]
+    # The only place that waits for the device.
+    good = torch.stack([ok for _, ok in tried]).tolist() if tried else []
+    for group, (results, _), fine in zip(groups, tried, good, strict=True):
+        for i, result in zip(group, results, strict=True):
+            found[i] = result if fine else _invert_with_care(requests[i])
+    return found
+
+
+def _batch_key(number: int, request: Request) -> object:
+    """Requests with the same key are factorised together."""
+    factor = request.factor
+    side, device = factor.shape[-1], factor.device
+    if side > LARGEST_BATCHED_SIDE.get(device.type, LARGEST_BATCHED_SIDE_ELSEWHERE):
+        return number
+    return side, factor.dtype, device, request.form
+
+
+def _try_dense(requests: Sequence[Request]) -> tuple[list[FactorInverse], Tensor]:
+    """Inverses of dense factors of one side, and whether all of them are good, a scalar tensor."""
+    form = requests[0].form
+    factors, added = [r.factor for r in requests], [r.added for r in requests]
+    single = len(requests) == 1
+    damped = factors[0].clone() if single else torch.cat(factors)
+    damped.diagonal(dim1=-2, dim2=-1).add_((added[0] if single else torch.cat(added)).unsqueeze(-1))
+    lower, info = torch.linalg.cholesky_ex(damped)
+    # A zero on the diagonal of a failed attempt would be an error of its own.
+    lower.diagonal(dim1=-2, dim2=-1).masked_fill_((info != 0).unsqueeze(-1), 1)
+    result = torch.cholesky_inverse(lower) if form == "inverse" else lower
+    # What is not finite in a row reaches the row's end, on the diagonal; and no entry of a positive
+    # definite inverse is larger than its diagonal's largest.
+    ok = (info == 0).all()
+    for matrix in (lower, result):
+        ok &= matrix.diagonal(dim1=-2, dim2=-1).isfinite().all()
+    pieces = result.split([len(factor) for factor in factors])
+    return [{form: piece} for piece in pieces], ok
+
+
+def _invert_with_care(request: Request) -> FactorInverse | None:
+    """What is done where the first factorisation has failed; the result is explicit."""
+    lower = _damped_cholesky(request.factor, request.added)
     if lower is None:
         return None
-    few = vectors < VECTORS_FOR_EXPLICIT_INVERSE * factor.shape[-1]
-    if few and lower.dtype == factor.dtype:
-        return {"cholesky": lower}
     inverse = torch.cholesky_inverse(lower)
-    return {"inverse": inverse.to(factor.dtype)} if bool(inverse.isfinite().all()) else None
+    return {"inverse": inverse.to(request.factor.dtype)} if _is_finite(inverse) else None
+
+
+def _is_finite(inverse: Tensor) -> bool:
+    return bool(inverse.diagonal(dim1=-2, dim2=-1).isfinite().all())
 
 
 def _damped_cholesky(factor: Tensor, added: Tensor) -> Tensor | None:
+    """L in float64, the damping raised to the factor's own accuracy if it must be."""
     # Rounding moves eigenvalues of a sum of outer products by about this much.
     largest = factor.diagonal(dim1=-2, dim2=-1).amax(-1)
     resolution = torch.finfo(factor.dtype).eps * factor.shape[-1] * largest
-    attempts = (
-        (factor.dtype, added),
-        (torch.float64, added),
-        (torch.float64, torch.maximum(added, resolution)),
-    )
-    for dtype, extra in attempts:
-        damped = factor.to(dtype, copy=True)
-        damped.diagonal(dim1=-2, dim2=-1).add_(extra.to(dtype).unsqueeze(-1))
+    for extra in (added, torch.maximum(added, resolution)):
+        damped = factor.to(torch.float64, copy=True)
+        damped.diagonal(dim1=-2, dim2=-1).add_(extra.to(torch.float64).unsqueeze(-1))
         lower: Tensor
         lower, info = torch.linalg.cholesky_ex(damped)
         # What is not finite in a row reaches the row's end, on the diagonal.
-        finite = lower.diagonal(dim1=-2, dim2=-1).isfinite()
-        if bool((info == 0).all() & finite.all()):
+        if bool((info == 0).all()) and _is_finite(lower):
             return lower
     return None
 

@@ -39,18 +39,28 @@ def read_gradient(part: Part) -> Tensor | None:
     return canonical(part, [piece.grad for piece in part.slices])
 
 
-def write_gradient(part: Part, value: Tensor) -> None:
-    """Writes a tensor in the canonical view into the `.grad` of the part's parameters."""
+def write_gradients(parts: Sequence[Part], values: Sequence[Tensor]) -> None:
+    """Writes tensors in the canonical view into the `.grad` of the parts' parameters."""
+    targets: list[Tensor] = []
+    sources: list[Tensor] = []
+    for part, value in zip(parts, values, strict=True):
+        for piece, new in zip(part.slices, _as_slices(part, value), strict=True):
+            if piece.grad is not None:
+                targets.append(piece.grad)
+                sources.append(new)
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
+def _as_slices(part: Part, value: Tensor) -> list[Tensor]:
+    """The inverse of `canonical`."""
     shapes = [piece.data for piece in part.slices]
     if isinstance(part, KroneckerPart):
         matrix = value[..., :-1] if part.has_bias else value
         values = [part.kind.from_matrix(part.module, matrix, shapes[0])]
         if part.has_bias:
             values.append(value[..., -1].reshape(shapes[1].shape))
-    elif isinstance(part, UnitwisePart):
-        values = [row.reshape(shape.shape) for row, shape in zip(value, shapes, strict=True)]
-    else:
-        values = [value]
-    for piece, new in zip(part.slices, values, strict=True):
-        if piece.grad is not None:
-            piece.grad.copy_(new)
+        return values
+    if isinstance(part, UnitwisePart):
+        return [row.reshape(shape.shape) for row, shape in zip(value, shapes, strict=True)]
+    return [value]

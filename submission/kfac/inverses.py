@@ -6,60 +6,111 @@ no memory with the averages, which change in place.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from . import damping as damping_rules
-from .curvature import FactorForm, factor_of, unitwise_blocks
+from .curvature import FactorForm, factor_of
 from .factor_inverses import (
     FactorInverse,
+    Request,
     apply_left,
     apply_right,
     eigendecomposition,
-    invert_factor,
+    invert_factors,
 )
 from .statistics import KroneckerPart, Part, Sums, UnitwisePart, statistics_dtype
 
 Inverse = dict[str, Tensor]
 
 
-def invert(
-    part: Part, averages: Sums, *, kind: str, damping: float, relative: bool, uses: int
-) -> Inverse | None:
-    """The damped inverse of a part's curvature, or None where it cannot be had.
+@dataclass(frozen=True)
+class InverseSettings:
+    """How curvature is inverted.
 
-    Args:
-        averages: see `curvature.average_sums`.
+    Attributes:
         kind: see `damping.DAMPING_KINDS`; parts without factors are damped on their product.
         damping, relative: λ, and whether it is in units of the mean eigenvalue.
-        uses: how often it will be applied before it is renewed.
+        uses: how often an inverse will be applied before it is renewed.
     """
-    if not isinstance(part, KroneckerPart):
-        f = averages["F"]
-        mean = f[[0, -1]].mean() if isinstance(part, UnitwisePart) else f.mean()
-        strength = damping * mean if relative else torch.full_like(mean, damping)
-        return {"F": f.clone(), "damping": torch.where(strength > 0, strength, damping)}
-    a, b = factor_of(part, averages, "A"), factor_of(part, averages, "B")
-    mean_a, mean_b = a.mean_eigenvalue(), b.mean_eigenvalue()
-    if relative:
-        strength = damping_rules.relative(damping, mean_a, mean_b)
-    else:
-        strength = torch.full_like(mean_a, damping)
-    if kind == "exact":
-        return _invert_product(a, b, strength)
-    add_a, add_b = damping_rules.split(kind, strength, mean_a, mean_b)
-    inverse: Inverse = {}
-    out_side, in_side = part.sides
-    # A gradient [P_out, P_in] is P_out vectors for A and P_in for B.
-    for side, factor, added, vectors in (("A", a, add_a, out_side), ("B", b, add_b, in_side)):
-        found = invert_factor(
-            factor.values, added,
-            diagonal=factor.diagonal, low_rank=factor.low_rank, vectors=uses * vectors,
-        )  # fmt: skip
-        if found is None:
-            return None
-        inverse.update({f"{side}.{form}": tensor for form, tensor in found.items()})
-    return inverse
+
+    kind: str
+    damping: float
+    relative: bool
+    uses: int
+
+
+def invert_all(
+    parts: Sequence[Part], averages: Mapping[str, Sums], settings: InverseSettings
+) -> dict[str, Inverse]:
+    """The damped inverses of the parts' curvatures; a part whose inverse cannot be had is left out.
+
+    Factors of equal shape are factorised together, and a device is waited for once.
+
+    Args:
+        averages: part name -> averages, see `curvature.average_sums`.
+    """
+    found: dict[str, Inverse] = {}
+    asked: list[tuple[str, str]] = []
+    requests: list[Request] = []
+    for part in parts:
+        own = averages[part.name]
+        if not isinstance(part, KroneckerPart):
+            found[part.name] = _invert_small(part, own["F"], settings)
+            continue
+        a, b = factor_of(part, own, "A"), factor_of(part, own, "B")
+        mean_a, mean_b = a.mean_eigenvalue(), b.mean_eigenvalue()
+        if settings.relative:
+            strength = damping_rules.relative(settings.damping, mean_a, mean_b)
+        else:
+            strength = torch.full_like(mean_a, settings.damping)
+        if settings.kind == "exact":
+            product = _invert_product(a, b, strength)
+            if product is not None:
+                found[part.name] = product
+            continue
+        added = damping_rules.split(settings.kind, strength, mean_a, mean_b)
+        out_side, in_side = part.sides
+        # A gradient [P_out, P_in] is P_out vectors for A and P_in for B.
+        for side, factor, extra, vectors in zip(
+            ("A", "B"), (a, b), added, (out_side, in_side), strict=True
+        ):
+            asked.append((part.name, side))
+            requests.append(
+                Request(
+                    factor.values, extra, diagonal=factor.diagonal, low_rank=factor.low_rank,
+                    vectors=settings.uses * vectors,
+                )
+            )  # fmt: skip
+    failed = set()
+    for (name, side), result in zip(asked, invert_factors(requests), strict=True):
+        if result is None:
+            failed.add(name)
+        else:
+            inverse = found.setdefault(name, {})
+            inverse.update({f"{side}.{form}": tensor for form, tensor in result.items()})
+    return {name: inverse for name, inverse in found.items() if name not in failed}
+
+
+def _invert_small(part: Part, f: Tensor, settings: InverseSettings) -> Inverse:
+    """Of blocks per unit, `blocks` [3, units] (γγ, γβ, ββ); of a diagonal, `reciprocal`.
+
+    `reciprocal` is one row [1, entries], so that parts can lie side by side; that of a diagonal
+    that has been averaged over rows keeps its shape.
+    """
+    mean = f[[0, -1]].mean() if isinstance(part, UnitwisePart) else f.mean()
+    damping = settings.damping
+    strength = damping * mean if settings.relative else torch.full_like(mean, damping)
+    strength = torch.where(strength > 0, strength, damping)
+    if isinstance(part, UnitwisePart) and part.has_bias:
+        a, b, d = f[0] + strength, f[1], f[2] + strength
+        return {"blocks": torch.stack([d, -b, a]) / (a * d - b * b)}
+    reciprocal = (f + strength).reciprocal()
+    whole = reciprocal.numel() == part.slices[0].data.numel()
+    return {"reciprocal": reciprocal.reshape(1, -1) if whole else reciprocal}
 
 
 def _invert_product(a: FactorForm, b: FactorForm, strength: Tensor) -> Inverse | None:
@@ -104,10 +155,17 @@ def precondition(part: Part, inverse: Inverse, gradient: Tensor) -> Tensor:
     """Applies a damped inverse to a gradient.
 
     gradient: [groups, P_out, P_in (+1)] for linear layers, [1 or 2, units] for normalisation
-    layers, the parameter's shape otherwise. The result has the same shape.
+    layers, the parameter's shape otherwise; or several of these side by side (see `batches`).
+    The result has the same shape.
     """
+    if "blocks" in inverse:
+        (aa, ab, bb), (first, second) = inverse["blocks"], gradient
+        return torch.stack([aa * first + ab * second, ab * first + bb * second])
     if not isinstance(part, KroneckerPart):
-        return _precondition_small(part, inverse, gradient)
+        reciprocal = inverse["reciprocal"]
+        if reciprocal.numel() == gradient.numel():
+            reciprocal = reciprocal.reshape(gradient.shape)
+        return reciprocal * gradient
     if "A.eigenvalues" in inverse:
         return _precondition_product(inverse, gradient)
     return apply_right(apply_left(_side(inverse, "B"), gradient), _side(inverse, "A"))
@@ -129,15 +187,3 @@ def _precondition_product(inverse: Inverse, gradient: Tensor) -> Tensor:
     rotated = rotated / (product + inverse["damping"].reshape(-1, 1, 1))
     rotated = rotated if q_b is None else q_b @ rotated
     return rotated if q_a is None else rotated @ q_a.mT
-
-
-def _precondition_small(part: Part, inverse: Inverse, gradient: Tensor) -> Tensor:
-    f, strength = inverse["F"], inverse["damping"]
-    if not isinstance(part, UnitwisePart) or f.shape[0] == 1:
-        return gradient / (f + strength)
-    blocks = unitwise_blocks(f)
-    (a, b), d = (blocks[:, 0, 0] + strength, blocks[:, 0, 1]), blocks[:, 1, 1] + strength
-    determinant = a * d - b * b
-    return torch.stack([d * gradient[0] - b * gradient[1], a * gradient[1] - b * gradient[0]]) / (
-        determinant
-    )

@@ -27,12 +27,13 @@ from torch import Tensor, nn
 from . import distributed, updates
 from .accumulation import Accumulated
 from .adaptive_damping import Trial, adapted_damping, begin_trial, predicted_change
+from .batches import Batch
 from .capture import Recording
 from .config import KFACConfig
 from .curvature import Curvature, as_curvature
 from .distributed import Reduction
 from .eigenbasis_adam import turn_second_moments
-from .gradient_rules import write_eigenbasis_steps, write_preconditioned
+from .gradient_rules import make_state_batches, write_eigenbasis_steps, write_preconditioned
 from .likelihoods import Likelihood, as_likelihood
 from .model_parts import ModelParts
 from .partition import unwrap
@@ -77,6 +78,7 @@ class KFAC:
         self._sharing: SharingRule = None
         self._accumulated: Accumulated | None = None
         self._reduction: Reduction | None = None
+        self._batches: list[Batch] | None = None  # of the state's tensors; made anew when they are
         device = next(self._model.parameters()).device
         self._generator = torch.Generator(device)
         self._generator.manual_seed(self.config.seed + distributed.rank())
@@ -180,6 +182,7 @@ class KFAC:
     def _split(self) -> None:
         self._parts.split(self._state.approx or "expand", self._state.called)
         self._state.keep_only(self._parts.names)
+        self._batches = None
 
     def update(
         self,
@@ -283,10 +286,12 @@ class KFAC:
         """
         self.refresh()
         start = time.perf_counter()
+        if self._batches is None:
+            self._batches = make_state_batches(self._state, self._parts, self.config)
         if self.config.direction == "eigenbasis_adam":
-            write_eigenbasis_steps(self._state, self._parts, self.config)
+            write_eigenbasis_steps(self._state, self._batches, self.config)
         else:
-            write_preconditioned(self._state, self._parts, self.config)
+            write_preconditioned(self._state, self._batches, self._parts, self.config)
         self._state.seconds["precondition"] += time.perf_counter() - start
 
     @torch.no_grad()
@@ -314,6 +319,7 @@ class KFAC:
             turn_second_moments(
                 self._state.moments, self._parts.partition.parts, old, self._state.inverses
             )
+            self._batches = None
         if accumulated is not None and self.config.eigenvalue_correction:
             assert accumulated.terms is not None
             updates.correct_eigenvalues(
@@ -323,6 +329,7 @@ class KFAC:
                 accumulated.terms,
                 self.config.factor_decay,
             )
+            self._batches = None
         self._state.step += 1
         self._state.seconds["factors"] += factors_done - start
         self._state.seconds["inverses"] += time.perf_counter() - factors_done
@@ -473,3 +480,4 @@ class KFAC:
                     restored.inverses.pop(name, None)
         self._generator.set_state(state["generator"].cpu())
         self._recordings, self._accumulated, self._reduction = {}, None, None
+        self._batches = None

@@ -14,7 +14,7 @@ from . import distributed
 from .config import KFACConfig
 from .curvature import average_sums
 from .eigenvalue_correction import is_correctable, summed_eigenvalues
-from .inverses import Inverse, invert
+from .inverses import InverseSettings, invert_all
 from .placements import exchange_inverses
 from .state import KFACState
 from .statistics import KroneckerPart, Part, RowPairs, Sums
@@ -84,23 +84,18 @@ def renew_inverses(
     """
     present = [part for part in parts if part.name in state.averages]
     exchanged = config.inverse_placement == "exchanged"
-    found: dict[str, Inverse] = {}
-    failed: list[float] = []
-    for part in present:
-        inverse = None
-        mine = owners.get(part.name, distributed.rank()) == distributed.rank()
-        if mine:
-            inverse = invert(
-                part,
-                state.averages[part.name],
-                kind=config.damping_kind,
-                damping=state.damping,
-                relative=config.relative_damping,
-                uses=EXPLICIT if owners and exchanged else config.inverse_update_steps,
-            )
-        if inverse is not None:
-            found[part.name] = inverse
-        failed.append(float(mine and inverse is None))
+    mine = [
+        part for part in present if owners.get(part.name, distributed.rank()) == distributed.rank()
+    ]
+    settings = InverseSettings(
+        kind=config.damping_kind,
+        damping=state.damping,
+        relative=config.relative_damping,
+        uses=EXPLICIT if owners and exchanged else config.inverse_update_steps,
+    )
+    found = invert_all(mine, state.averages, settings)
+    lost = {part.name for part in mine} - found.keys()
+    failed = [float(part.name in lost) for part in present]
     if owners and present:
         flags = torch.tensor(failed, device=present[0].slices[0].data.device)
         distributed.all_reduce_sums([flags])

@@ -9,7 +9,7 @@ from nets import Mean
 from torch import nn
 
 from submission.kfac import KFAC, KFACConfig
-from submission.kfac.eigenbasis_adam import count_step, direction, turn_second_moments
+from submission.kfac.eigenbasis_adam import AdamStep, direction, turn_second_moments
 from submission.kfac.partition import partition
 from submission.optimizers import NAdamW
 
@@ -24,13 +24,13 @@ def test_with_a_fixed_basis_it_is_nadamw_on_rotated_parameters():
     basis = {"A.eigenvectors": orthogonal(4), "B.eigenvectors": orthogonal(3)}
     rotated = nn.Parameter(torch.zeros(2, 3, 4))
     reference = NAdamW([rotated], lr=1.0, betas=BETAS, eps=EPSILON)
-    position, moments, count = torch.zeros(2, 3, 4), {}, None
+    position, count = torch.zeros(2, 3, 4), None
+    moments = {"first": torch.zeros(2, 3, 4), "second": torch.zeros(2, 3, 4)}
     for _ in range(5):
         gradient = torch.randn(2, 3, 4)
-        count, finite = count_step(count, [gradient])
-        position -= direction(
-            basis, moments, gradient, betas=BETAS, epsilon=EPSILON, count=count, finite=finite
-        )
+        step = AdamStep.of(count, [gradient], betas=BETAS, epsilon=EPSILON)
+        count = step.count
+        position -= direction(basis, moments, gradient, step)
         rotated.grad = basis["B.eigenvectors"].mT @ gradient @ basis["A.eigenvectors"]
         reference.step()
         back = basis["B.eigenvectors"] @ rotated.detach() @ basis["A.eigenvectors"].mT

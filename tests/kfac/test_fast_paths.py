@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from submission.kfac import convolution, factor_inverses, factors, shifted_products
+from submission.kfac.factor_inverses import Request, invert_factors
 
 
 def random_convolution(seed):
@@ -99,9 +100,7 @@ def test_an_inverse_is_explicit_for_many_vectors_and_is_the_same_for_few(side):
     vectors = torch.randn(2, side, 7)
     expected = torch.linalg.solve(factor + added.reshape(2, 1, 1) * torch.eye(side), vectors)
     for count, form in ((side, "cholesky"), (2 * side, "inverse")):
-        inverse = factor_inverses.invert_factor(
-            factor, added, diagonal=False, low_rank=False, vectors=count
-        )
+        (inverse,) = invert_factors([Request(factor, added, vectors=count)])
         assert list(inverse) == [form]
         for found in (
             factor_inverses.apply_left(inverse, vectors),
@@ -116,9 +115,32 @@ def test_what_cannot_be_factorised_has_no_inverse():
         faulty = factor.clone()
         faulty[0, i, j] = faulty[0, j, i] = float("nan")
         for vectors in (1, 100):
-            assert (
-                factor_inverses.invert_factor(
-                    faulty, torch.tensor([0.1]), diagonal=False, low_rank=False, vectors=vectors
-                )
-                is None
-            )
+            request = Request(faulty, torch.tensor([0.1]), vectors=vectors)
+            sound = Request(factor, torch.tensor([0.1]), vectors=vectors)
+            before, found, after = invert_factors([sound, request, sound])
+            assert found is None
+            for neighbour in (before, after):
+                (matrix,) = neighbour.values()
+                assert matrix.isfinite().all()
+
+
+@pytest.mark.parametrize("vectors", [1, 1000])
+def test_factors_of_equal_side_are_inverted_together_as_alone(vectors):
+    rows = [torch.randn(groups, 9, 6) for groups in (1, 3, 2)]
+    requests = [
+        Request(r.mT @ r, torch.full((len(r),), 0.1 * (i + 1)), vectors=vectors)
+        for i, r in enumerate(rows)
+    ]
+    singular = torch.zeros(1, 6, 6)
+    singular[0, 0, 0] = -1.0  # not positive definite: its neighbours are inverted all the same
+    together = invert_factors([*requests, Request(singular, torch.tensor([0.1]), vectors=vectors)])
+    assert together[-1] is None
+    vector = torch.randn(6, 2)
+    for request, found in zip(requests, together[:-1], strict=True):
+        (alone,) = invert_factors([request])
+        right_side = vector.expand(len(request.factor), 6, 2)
+        torch.testing.assert_close(
+            factor_inverses.apply_left(found, right_side),
+            factor_inverses.apply_left(alone, right_side),
+            rtol=1e-10, atol=1e-12,
+        )  # fmt: skip
