@@ -71,6 +71,21 @@ class ModelParts:
             exclude=self._config.exclude,
         )
 
+    def is_observed(self, part: Part) -> bool:
+        """Whether a part's curvature is of use: Adam asks for that of layers with a basis only."""
+        return self._config.direction != "eigenbasis_adam" or isinstance(part, KroneckerPart)
+
+    @property
+    def observed(self) -> list[Part]:
+        """The parts in use whose statistics are collected."""
+        return [part for part in self.partition.parts if self.is_observed(part)]
+
+    @property
+    def watched(self) -> list[Part]:
+        """Layers of which a recording counts the calls only."""
+        ignored = [part for part in self.layers() if not self.is_observed(part)]
+        return [*self.uncalled, *(part for part in ignored if part not in self.uncalled)]
+
     def layers(self) -> list[KroneckerPart | UnitwisePart]:
         """All parts that are modules, called or not."""
         parts: Sequence[Part] = self._layers.parts

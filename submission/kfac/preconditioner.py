@@ -162,17 +162,19 @@ class KFAC:
             self._split()
             self._state.inverses_stale = True
         # "auto" is decided by the first outputs: until then both approximations are recorded.
-        partitions = (
-            {self._state.approx: self._parts.partition}
-            if self._state.approx is not None
-            else {approx: self._parts.whole(approx) for approx in ("expand", "reduce")}
-        )
+        if self._state.approx is not None:
+            observed = {self._state.approx: self._parts.observed}
+        else:
+            observed = {
+                approx: [p for p in self._parts.whole(approx).parts if self._parts.is_observed(p)]
+                for approx in ("expand", "reduce")
+            }
         with record(
             self._model,
             self.config,
-            partitions,
+            observed,
             sharing=sharing,
-            watched=self._parts.uncalled,
+            watched=self._parts.watched,
             examples_share=self._state.examples_share,
             compiled=self._compiled,
         ) as recordings:
@@ -254,7 +256,7 @@ class KFAC:
             return
         self._state.called = called
         self._split()
-        recording.replace(self._parts.partition.parts)
+        recording.replace(self._parts.observed)
         if self._parts.uncalled:
             logger.warning(
                 "K-FAC: not called as modules in the first recorded pass, so their parameters "
@@ -271,7 +273,7 @@ class KFAC:
         accumulated = self._accumulated
         if accumulated is None or self._reduction is not None:
             return
-        accumulated.complete(self._parts.partition.parts, self._parts.uncalled)
+        accumulated.complete(self._parts.observed, self._parts.uncalled)
         tensors, symmetric = accumulated.tensors()
         self._reduction = Reduction(tensors, symmetric)
 
@@ -354,7 +356,7 @@ class KFAC:
         assert accumulated.terms is not None
         good = updates.average_in(
             self._state,
-            self._parts.partition.parts,
+            self._parts.observed,
             accumulated.sums,
             accumulated.terms,
             self.config.factor_decay,
@@ -433,7 +435,9 @@ class KFAC:
 
     def report(self) -> list[ReportRow]:
         """What preconditions every parameter; the sharing is known after the first update."""
-        return report_rows(self._parts.partition, self.config.fallback, self._state.shared_over)
+        adam = self.config.direction == "eigenbasis_adam"
+        fallback = "adam" if adam else self.config.fallback
+        return report_rows(self._parts.partition, fallback, self._state.shared_over)
 
     def describe(self) -> str:
         """The report as a text table."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch import nn
 from . import distributed
 from .capture import Recording, check_names
 from .config import KFACConfig
-from .partition import Partition
 from .sharing import SharingRule
 from .statistics import Part
 
@@ -33,14 +32,14 @@ def keeps_rows(config: KFACConfig) -> bool:
 def record(
     model: nn.Module,
     config: KFACConfig,
-    partitions: Mapping[str, Partition],
+    parts: Mapping[str, Sequence[Part]],
     *,
     sharing: SharingRule,
     watched: Iterable[Part],
     examples_share: float,
     compiled: bool,
 ) -> Iterator[dict[str, Recording]]:
-    """Records the forward pass inside, once for each partition (name -> recording).
+    """Records the forward pass inside, once for each list of parts (name -> recording).
 
     Compiled modules run uncompiled inside, where PyTorch can do that (2.6 and newer).
 
@@ -56,7 +55,7 @@ def record(
     recordings = {
         name: Recording(
             model,
-            partition.parts,
+            own,
             sharing,
             config.ragged_scaling,
             low_rank=keeps_rows(config),
@@ -64,7 +63,7 @@ def record(
             watched=watched,
             examples_share=examples_share,
         )
-        for name, partition in partitions.items()
+        for name, own in parts.items()
     }
     for recording in recordings.values():
         check_names(sharing, recording)

@@ -25,7 +25,12 @@ class ReportRow:
 
 
 def report_rows(partition: Partition, fallback: str, calls: Mapping[str, str]) -> list[ReportRow]:
-    """Rows in the order of the parts. `calls`: part name -> how its rows are shared, if known."""
+    """Rows in the order of the parts.
+
+    Args:
+        fallback: what trains parameters outside K-FAC layers: as in `KFACConfig`, or "adam".
+        calls: part name -> how its rows are shared, if known.
+    """
     return [
         _row(part, partition.reasons.get(part.name, ""), fallback, calls.get(part.name, "-"))
         for part in partition.parts
@@ -54,7 +59,9 @@ def _row(part: Part, reason: str, fallback: str, sharing: str) -> ReportRow:
         )
     how = "raw gradient"
     entries = 0
-    if fallback == "diagonal":
+    if fallback == "adam":
+        how, entries = "Adam", 2 * count
+    elif fallback == "diagonal":
         how = "unit-wise" if isinstance(part, UnitwisePart) else "diagonal"
         per_unit = 3 if isinstance(part, UnitwisePart) and part.has_bias else 1
         entries = 2 * per_unit * parameters[0].numel()

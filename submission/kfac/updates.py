@@ -40,8 +40,8 @@ def average_in(
         for key, tensor in sums[part.name].items()
     ]
     counts = [sums[part.name]["count"] for part in parts]
-    good = torch.stack([tensor.double() for tensor in flat]).isfinite().all()
-    good &= (terms > 0) & terms.isfinite()
+    good = torch.stack([tensor.double() for tensor in (terms, *flat)]).isfinite().all()
+    good &= terms > 0
     usable, *reached = torch.stack([good.double(), *[c.double() for c in counts]]).tolist()
     if not usable:
         return False

@@ -123,6 +123,15 @@ def test_it_trains_everything_and_resumes_to_the_bit(kfac_approx):
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
 
+def test_only_layers_with_a_basis_are_observed_and_the_report_says_so():
+    model = net()
+    kfac = KFAC(model, config())
+    train(model, kfac, torch.optim.SGD(model.parameters(), lr=0.02), range(1))
+    assert list(kfac.curvature()) == ["0", "1", "5"]
+    rows = {row.name: row.preconditioner for row in kfac.report()}
+    assert rows == {"0": "K-FAC-expand", "1": "K-FAC-expand", "2": "Adam", "5": "K-FAC-expand"}
+
+
 def test_parameters_outside_layers_are_trained_by_adam():
     model = net()
     kfac = KFAC(model, config())
