@@ -68,9 +68,10 @@ class NAdamW(Optimizer):
 
     def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
-        grads = [p.grad for p in parameters if p.grad is not None]
-        first = [self.state[p]["exp_avg"] for p in parameters]
-        second = [self.state[p]["exp_avg_sq"] for p in parameters]
+        grads = _as_real([p.grad for p in parameters if p.grad is not None])
+        first = _as_real([self.state[p]["exp_avg"] for p in parameters])
+        second = _as_real([self.state[p]["exp_avg_sq"] for p in parameters])
+        parameters = _as_real(parameters)
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_lerp_(first, grads, 1 - beta1)
@@ -81,6 +82,11 @@ class NAdamW(Optimizer):
         torch._foreach_div_(denominator, (1 - beta2**step) ** 0.5)
         torch._foreach_add_(denominator, group["eps"])
         torch._foreach_addcdiv_(parameters, ahead, denominator, -group["lr"] / (1 - beta1**step))
+
+
+def _as_real(tensors: list[Tensor]) -> list[Tensor]:
+    """Complex tensors as pairs of real numbers, each with a moment of its own; views."""
+    return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
 
 
 def _nesterov(parameters: Iterable[Tensor], hyperparameters: Any) -> Optimizer:

@@ -59,7 +59,7 @@ class Accumulated:
         assert self.terms is not None
         counts = [float(self.calls.get(name, 0)) for name in self.watched]
         self.watched_calls = torch.tensor(counts, device=self.terms.device)
-        self.sums = {part.name: _completed(part, self.sums.get(part.name, {})) for part in parts}
+        self.sums = {part.name: completed(part, self.sums.get(part.name, {})) for part in parts}
 
     def tensors(self) -> tuple[list[Tensor], list[bool]]:
         """All that is added over ranks, in order, and which of it are symmetric matrices."""
@@ -82,7 +82,8 @@ class Accumulated:
         return [name for name, count in zip(self.watched, calls, strict=True) if count]
 
 
-def _completed(part: Part, sums: Sums) -> Sums:
+def completed(part: Part, sums: Sums) -> Sums:
+    """The sums of a part, with zeros for those that it lacks."""
     if not isinstance(part, KroneckerPart):
         return sums or empty_sums(part)
     present = {key.removesuffix("_rows") for key in sums}

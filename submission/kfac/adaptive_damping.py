@@ -10,7 +10,7 @@ Where the model is trusted (ρ > 3/4) the damping is lowered, where not (ρ < 1/
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .curvature import factor_of, unitwise_blocks
 from .gradients import canonical
+from .inverses import Inverse, strength_of
 from .statistics import KroneckerPart, Part, Sums, UnitwisePart, statistics_dtype
 
 OMEGA = 19 / 20  # per step between two adaptations
@@ -43,23 +44,38 @@ def begin_trial(parts: Sequence[Part]) -> Trial:
 
 
 def predicted_change(
-    parts: Sequence[Part], averages: dict[str, Sums], trial: Trial, damping: float
+    parts: Sequence[Part],
+    averages: Mapping[str, Sums],
+    inverses: Mapping[str, Inverse],
+    trial: Trial,
+    *,
+    damping: float,
+    relative: bool,
 ) -> Tensor:
-    """M(δ) for the difference between the present parameters and those of the trial."""
+    """M(δ) for the difference δ between the present parameters and those of the trial.
+
+    λ stands beside F itself, however the factors are damped; with `relative` it is in units of the
+    mean eigenvalue of the part. F has the corrected eigenvalues where an inverse has them.
+    """
     total = torch.zeros((), dtype=torch.float64)
     for part in parts:
         if part.name not in trial.gradients or part.name not in averages:
             continue
         step = (_values(part) - trial.values[part.name]).to(statistics_dtype(_values(part)))
         change = (trial.gradients[part.name] * step).sum()
-        curvature = quadratic_form(part, averages[part.name], step)
-        change += 0.5 * (curvature + damping * step.square().sum())
+        own, inverse = averages[part.name], inverses.get(part.name, {})
+        curvature = quadratic_form(part, own, inverse, step)
+        strength = strength_of(part, own, damping, relative).reshape(-1, *(1,) * (step.dim() - 1))
+        change += 0.5 * (curvature + (strength * step.square()).sum())
         total = total.to(change.device) + change.double()
     return total
 
 
-def quadratic_form(part: Part, averages: Sums, step: Tensor) -> Tensor:
+def quadratic_form(part: Part, averages: Sums, inverse: Inverse, step: Tensor) -> Tensor:
     """δᵀ F δ of one part; `step` in the canonical view."""
+    if "corrected" in inverse:
+        rotated = inverse["B.eigenvectors"].mT @ step @ inverse["A.eigenvectors"]
+        return (inverse["corrected"] * rotated.square()).sum()
     if isinstance(part, KroneckerPart):
         a, b = factor_of(part, averages, "A"), factor_of(part, averages, "B")
         left = b.values.unsqueeze(-1) * step if b.diagonal else b.dense() @ step

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from .eigenvalue_correction import is_correctable
-from .fused import fused_of
-from .graph import GraphError, Tap, earliest, gradients, is_differentiated
+from .fused import fused_of, roll_up, unroll
+from .graph import GraphError, Tap, earliest, gradients, is_differentiated, leaves_beside
 from .parameters import LinearView
 from .passes import FisherPass, one_example_at_a_time
 from .sharing import (
@@ -33,6 +33,7 @@ from .sharing import (
     Sharing,
     SharingError,
     SharingRule,
+    number_of_examples,
     resolve,
     unknown_names,
 )
@@ -47,6 +48,7 @@ from .statistics import (
     Sums,
     UnitwiseCollector,
     UnitwisePart,
+    add_squares,
     empty_diagonal_sums,
 )
 from .tied import TiedCollector
@@ -95,7 +97,11 @@ class Recording:
         self._edges: list[GradientEdge] = []
         self._handles: list[RemovableHandle] = []
         self._model = model
-        self._unrolled: list[nn.Module] = []
+        self._unrolled: list[tuple[nn.Module, Any]] = []
+        self._inside_fused: set[nn.Module] = set()
+        self._below: dict[Node, Node | None] = {}
+        self._used_elsewhere: set[str] = set()
+        self._examples: dict[str, int] = {}
         self._listening = False
         self._heard = False
         self._examples_share = examples_share
@@ -125,14 +131,20 @@ class Recording:
             for module in hooked_modules(part):
                 if not isinstance(module, LinearView):
                     hook = partial(self._count_call, part.name)
-                    self._handles.append(module.register_forward_hook(hook))
+                    self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        names = [*self._collectors, *self._watched_calls]
         for name, module in self._model.named_modules():
             fused = fused_of(module)
-            if fused is not None:
-                # An attribute of the instance hides the class's method until it is deleted.
-                tap = partial(self._tap_fused, f"{name}." if name else "")
-                module.__dict__["forward"] = partial(fused.forward, module, tap)
-                self._unrolled.append(module)
+            prefix = f"{name}." if name else ""
+            if (
+                fused is not None
+                and fused.unsupported(module) is None
+                and any(f"{prefix}{which}" in names for which in fused.views(module, prefix))
+            ):
+                tap = partial(self._tap_fused, prefix)
+                unroll(module, tap)
+                self._unrolled.append((module, tap))
+                self._inside_fused.update(module.children())
         return self
 
     def __exit__(
@@ -144,8 +156,8 @@ class Recording:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for module in self._unrolled:
-            del module.__dict__["forward"]
+        for module, tap in self._unrolled:
+            roll_up(module, tap)
         self._unrolled.clear()
         if exc_type is None:
             with self._memory_watched("the statistics of the inputs"), torch.no_grad():
@@ -162,17 +174,54 @@ class Recording:
 
     @property
     def calls(self) -> Mapping[str, int]:
-        """Part name -> how often its module was called in the forward pass."""
-        collected = {name: collector.calls for name, collector in self._collectors.items()}
-        return {**collected, **self._watched_calls}
+        """Part name -> how often its module was called in the forward pass.
 
-    def _count_call(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        self._watched_calls[name] += int(is_differentiated(output))
+        0 where `find_other_uses` has found that its parameters are also used some other way.
+        """
+        collected = {name: collector.calls for name, collector in self._collectors.items()}
+        calls = {**collected, **self._watched_calls}
+        return {name: 0 if name in self._used_elsewhere else calls[name] for name in calls}
+
+    @property
+    def examples(self) -> Mapping[str, int]:
+        """Layer name -> number of examples that its last call had."""
+        return self._examples
+
+    def find_other_uses(self, logits: Tensor) -> list[str]:
+        """Names of layers whose parameters the logits depend on besides the layers' own calls.
+
+        Such as an embedding's weight that is multiplied with by hand. Their factors would leave
+        that use out.
+        """
+        if logits.grad_fn is None or not self._below:
+            return []
+        found = leaves_beside(logits.grad_fn, self._below)
+        parts = [*(part for part, _ in self._modules), *self._watched]
+        self._used_elsewhere = {
+            part.name
+            for part in parts
+            if any(id(piece.parameter) in found for piece in part.slices)
+        }
+        return sorted(self._used_elsewhere)
+
+    def _count_call(
+        self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if is_differentiated(output):
+            self._watched_calls[name] += 1
+            self._remember(args[0] if args else next(iter(kwargs.values())), output)
+
+    def _remember(self, x: Any, y: Tensor) -> GradientEdge:
+        """Keeps the graph's way around a layer for `find_other_uses`; returns its output's edge."""
+        edge = get_gradient_edge(y)
+        has_graph = isinstance(x, Tensor) and x.requires_grad
+        self._below[edge.node] = get_gradient_edge(x).node if has_graph else None
+        return edge
 
     def replace(self, parts: Iterable[Part]) -> None:
         """Goes on with other parts: drops modules that are not in it, adds its parameters."""
         parts = list(parts)
-        kept = {part.name for part in parts}
+        kept = {part.name for part in parts if not isinstance(part, DiagonalPart)}
         for name in set(self._collectors) - kept:
             del self._collectors[name], self.sums[name]
         for part in parts:
@@ -200,25 +249,46 @@ class Recording:
         ) -> Tensor | None:
             if not is_differentiated(output):
                 return None
-            x = args[0] if args else kwargs["input"]
+            x = args[0] if args else next(iter(kwargs.values()))
             called: Any = module
-            if isinstance(part, KroneckerPart) and module is part.module:
+            if isinstance(part, KroneckerPart) and module is not part.embedding:
                 called = part.kind.as_called(module, x, output)
-            return self._tap(part.name, collector, x, output, called)
+            known = self._rule_inside(part.name, x) if module in self._inside_fused else None
+            return self._tap(part.name, collector, x, output, called, known)
 
         return hook
 
+    def _rule_inside(self, name: str, x: Tensor) -> Sharing:
+        """The sharing inside an unrolled module, which has brought the examples to the front."""
+        sharing = resolve(self._sharing, name, len(x))
+        return replace(sharing, batch_dim=0) if isinstance(sharing, Positions) else sharing
+
     def _tap_fused(
-        self, prefix: str, which: str, x: Tensor, y: Tensor, mask: Tensor | None, batch_dim: int
+        self,
+        prefix: str,
+        which: str,
+        x: Tensor,
+        y: Tensor,
+        *,
+        mask: Tensor | None = None,
+        batch_dim: int = 0,
+        position: int | None = None,
     ) -> Tensor:
         """What a fused module's `forward` calls for each of its linear maps."""
         name = prefix + which
         collector = self._collectors.get(name)
-        if name in self._watched_calls:
-            self._watched_calls[name] += int(is_differentiated(y))
+        if name in self._watched_calls and is_differentiated(y):
+            self._watched_calls[name] += 1
+            self._remember(x, y)
         if collector is None or not is_differentiated(y):
             return y
-        known = None if mask is None else Positions(mask=mask)
+        known: Sharing
+        if mask is not None:
+            known = Positions(mask=mask)
+        else:
+            known = self._rule_inside(name, x.movedim(batch_dim, 0))
+            if position is not None and isinstance(known, Positions) and known.mask is not None:
+                known = Positions(mask=known.mask[:, position : position + 1])
         return self._tap(name, collector, x, y, collector.part.module, known, batch_dim)
 
     def _tap(
@@ -236,7 +306,7 @@ class Recording:
         `module` is as the call saw it; `known` is the sharing where the caller knows it;
         `batch_dim` counts the examples in x and y.
         """
-        self._edges.append(get_gradient_edge(y))
+        self._edges.append(self._remember(x, y))
         if self.out_of_memory is not None:
             return y
         x = x.detach().movedim(batch_dim, 0)
@@ -245,6 +315,7 @@ class Recording:
         with self._memory_watched(doing), torch.no_grad():
             try:
                 sharing = known or resolve(self._sharing, name, len(x))
+                self._examples[name] = number_of_examples(sharing, x)
                 sharing, used, scale = first_examples(sharing, len(x), share)
                 collector.forward(x[:used], sharing, module)
             except SharingError as error:
@@ -290,7 +361,7 @@ class Recording:
             parameters = [part.parameter for part in self._diagonals] if come_along else []
             self._propagate(logits, which, parameters)
         if self.out_of_memory is None and self._diagonals and not (come_along and self._edges):
-            for alone in one_example_at_a_time(which.vector):
+            for alone in one_example_at_a_time(which.vector, which.example_dim):
                 self._square_gradients(logits, alone)
 
     def _propagate(self, logits: Tensor, which: FisherPass, parameters: list[nn.Parameter]) -> None:
@@ -323,13 +394,12 @@ class Recording:
     def _add_squares(self, grads: Sequence[Tensor | None]) -> None:
         for part, grad in zip(self._diagonals, grads, strict=True):
             if grad is not None:
-                total = self.sums[part.name]["F"]
-                total += grad.to(total.dtype).square()
-                self.sums[part.name]["count"] += 1
+                add_squares(part, self.sums[part.name], grad)
 
     def release(self) -> None:
         """Lets go of the graph and of all tensors but the sums."""
         self._edges.clear()
+        self._below.clear()
         self._collectors.clear()
         self._modules.clear()
 

@@ -43,7 +43,8 @@ class KFACConfig:
         early_updates: within the first interval also update at steps 1, 2, 4, 8, ...
         joint_bias: treat weight and bias as one matrix; otherwise as two blocks.
         ragged_scaling: see `factors.RAGGED_SCALINGS`.
-        max_factor_side: larger sides keep only the diagonal of their factor.
+        max_factor_side: larger sides keep only the diagonal of their factor; parameters outside
+            layers with more entries than the square of it keep a mean for each row.
         exclude: names of modules whose layers (and those inside them) are not K-FAC layers.
         fallback: what trains parameters outside K-FAC layers: "diagonal" (their own curvature:
             unit-wise for normalisation layers, diagonal for others) or "gradient" (as it is).

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .damping import mean_eigenvalue
-from .statistics import DiagonalPart, KroneckerPart, Part, Sums, UnitwisePart
+from .statistics import DiagonalPart, KroneckerPart, Part, Sums, UnitwisePart, as_real
 from .tied import combine
 
 
@@ -53,7 +53,10 @@ class UnitwiseCurvature:
 
 @dataclass(frozen=True)
 class DiagonalCurvature:
-    """Diagonal of the GGN of a parameter, in its shape."""
+    """Diagonal of the GGN of a parameter, in its shape; in each row the mean, where kept by row.
+
+    Of a complex parameter that of its real and imaginary parts, along a last dimension.
+    """
 
     diagonal: Tensor
 
@@ -126,7 +129,7 @@ def as_curvature(part: Part, averages: Sums) -> Curvature:
     if isinstance(part, UnitwisePart):
         return UnitwiseCurvature(unitwise_blocks(averages["F"]))
     assert isinstance(part, DiagonalPart)
-    return DiagonalCurvature(averages["F"])
+    return DiagonalCurvature(averages["F"].expand(as_real(part.parameter.detach()).shape))
 
 
 def unitwise_blocks(f: Tensor) -> Tensor:

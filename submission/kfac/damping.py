@@ -25,15 +25,6 @@ def mean_eigenvalue(factor: Tensor, diagonal: bool) -> Tensor:
     return values.mean(-1)
 
 
-def relative(damping: float, mean_a: Tensor, mean_b: Tensor) -> Tensor:
-    """damping times the mean eigenvalue of A ⊗ B, [groups]; a dead layer keeps the plain damping.
-
-    The mean eigenvalue of A ⊗ B is the product of the factors' mean eigenvalues.
-    """
-    mean = mean_a * mean_b
-    return torch.where(mean > 0, damping * mean, damping)
-
-
 def split(kind: str, damping: Tensor, mean_a: Tensor, mean_b: Tensor) -> tuple[Tensor, Tensor]:
     """What is added to A and to B, [groups] each, for the kinds that damp the factors.
 

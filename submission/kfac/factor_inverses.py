@@ -148,6 +148,10 @@ def _damped_cholesky(factor: Tensor, added: Tensor) -> Tensor | None:
 
 
 def _invert_low_rank(rows: Tensor, added: Tensor) -> FactorInverse | None:
+    # What lies in the rows is cancelled by I - WᵀW up to rounding, which 1/ε makes large: a damping
+    # below the accuracy of the factor would return noise.
+    trace = rows.square().sum((-2, -1))
+    added = torch.maximum(added, torch.finfo(rows.dtype).eps * trace)
     # The Gram matrix is small: float64 costs nothing and keeps I - WᵀW accurate.
     wide = rows.double()
     lower = _damped_cholesky(wide @ wide.mT, added.double())

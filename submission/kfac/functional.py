@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .accumulation import completed
 from .capture import Recording, check_names
 from .curvature import Curvature, KroneckerFactors, as_curvature, average_sums
 from .likelihoods import Likelihood, as_likelihood
@@ -109,8 +110,7 @@ def curvature(
     model = unwrap(model)
     likelihood = as_likelihood(likelihood)
     if kfac_approx == "auto":
-        with _undisturbed(model), torch.no_grad():
-            kfac_approx, _ = detect_setting(likelihood, _call(model, inputs), sharing)
+        kfac_approx = _detected(model, inputs, likelihood, sharing)
     parts = partition(
         model, approx=kfac_approx, joint_bias=joint_bias, max_factor_side=max_factor_side
     )
@@ -121,9 +121,10 @@ def curvature(
         check_names(sharing, recording)
         with recording:
             logits = _call(model, inputs)
+        recording.find_other_uses(logits)
         uncalled = [name for name, count in recording.calls.items() if not count]
         if uncalled:
-            parts = demote_uncalled(parts, uncalled)
+            parts = demote_uncalled(parts, uncalled, max_factor_side)
             kept = [p for p in parts.parts if not layers_only or isinstance(p, KroneckerPart)]
             recording.replace(kept)
         if generator is None and fisher_type != "type-2":
@@ -137,6 +138,7 @@ def curvature(
             mask=mask,
             targets=targets,
             generator=generator,
+            examples=recording.examples.values(),
         )
         for fisher_pass in passes:
             recording.fisher_pass(logits, fisher_pass)
@@ -148,9 +150,21 @@ def curvature(
     terms = likelihood.terms(logits.detach(), mask, targets).clamp(min=torch.finfo().tiny)
     called = {part.name: part for part in parts.parts if part.name in recording.sums}
     return {
-        name: as_curvature(part, average_sums(part, recording.sums[name], terms))
+        name: as_curvature(part, average_sums(part, completed(part, recording.sums[name]), terms))
         for name, part in called.items()
     }
+
+
+def _detected(model: nn.Module, inputs: Any, likelihood: Likelihood, sharing: SharingRule) -> str:
+    """The setting that a forward pass shows."""
+    parts = partition(model, approx="expand", joint_bias=True, max_factor_side=1).parts
+    with _undisturbed(model), torch.enable_grad():
+        recording = Recording(model, parts, sharing)
+        with recording:
+            logits = _call(model, inputs)
+        approx, _ = detect_setting(likelihood, logits, sharing, recording.examples.values())
+        recording.release()
+    return approx
 
 
 def _call(model: nn.Module, inputs: Any) -> Tensor:

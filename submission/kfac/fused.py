@@ -4,13 +4,16 @@ nn.MultiheadAttention and the recurrent layers apply their weights inside one op
 hook sees them. While a forward pass is recorded, their `forward` is replaced by one from here,
 which computes the same values with every linear map visible: it hands the map's input and output
 to `tap`. Add a `Fused` to `FUSED` to support another module.
+
+Where tensors saved for the backward pass go through hooks (activation checkpointing, offloading),
+the module stays as it is: its forward pass may be run again later, and must then be the same.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +22,25 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from .parameters import LinearView, ParameterSlice
 
-# tap(which map, its input, its output, mask of existing rows [N, R] or None, batch dimension)
-Tap = Callable[[str, Tensor, Tensor, "Tensor | None", int], Tensor]
+
+class Tap(Protocol):
+    """Is shown a linear map and returns what stands for its output.
+
+    Args: which map; its input and output; a mask of the rows that exist, [N, R]; the dimension that
+    counts the examples; which of the module's positions the input is, where it is one of them.
+    """
+
+    def __call__(
+        self,
+        which: str,
+        x: Tensor,
+        y: Tensor,
+        *,
+        mask: Tensor | None = None,
+        batch_dim: int = 0,
+        position: int | None = None,
+    ) -> Tensor:
+        """The output, or something with the same values."""
 
 
 class Fused(ABC):
@@ -30,8 +50,14 @@ class Fused(ABC):
 
     def unsupported(self, module: Any) -> str | None:
         """Why this particular module cannot be handled, or None."""
-        del module
-        return None
+        if "forward" in module.__dict__ and not isinstance(module.__dict__["forward"], Unrolled):
+            return "its forward was replaced on the instance"
+        missing = [name for name in self.weights(module) if name not in module._parameters]
+        return "its weight is computed from other parameters (parametrisation)" if missing else None
+
+    @abstractmethod
+    def weights(self, module: Any) -> list[str]:
+        """Names of the parameters that the maps' weights are (rows of)."""
 
     @abstractmethod
     def views(self, module: Any, prefix: str) -> dict[str, LinearView]:
@@ -40,6 +66,47 @@ class Fused(ABC):
     @abstractmethod
     def forward(self, module: Any, tap: Tap, *args: Any, **kwargs: Any) -> Any:
         """What module.forward computes, with `tap` called on every linear map."""
+
+
+class Unrolled:
+    """Stands in for a fused module's `forward` while recording; several recordings may share it."""
+
+    def __init__(self, fused: Fused, module: nn.Module) -> None:
+        self._fused, self._module = fused, module
+        self.taps: list[Tap] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output."""
+        if saves_through_hooks():
+            return type(self._module).forward(self._module, *args, **kwargs)
+        return self._fused.forward(self._module, self._tap, *args, **kwargs)
+
+    def _tap(self, which: str, x: Tensor, y: Tensor, **known: Any) -> Tensor:
+        for tap in self.taps:
+            y = tap(which, x, y, **known)
+        return y
+
+
+def saves_through_hooks() -> bool:
+    """Whether autograd hands what it saves to hooks, as inside a checkpoint."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def unroll(module: nn.Module, tap: Tap) -> None:
+    """Shows the maps of a fused module to `tap` until `roll_up`."""
+    fused = fused_of(module)
+    assert fused is not None
+    # An attribute of the instance hides the class's method until it is deleted.
+    unrolled = module.__dict__.setdefault("forward", Unrolled(fused, module))
+    unrolled.taps.append(tap)
+
+
+def roll_up(module: nn.Module, tap: Tap) -> None:
+    """Takes back what `unroll` did."""
+    unrolled = module.__dict__["forward"]
+    unrolled.taps.remove(tap)
+    if not unrolled.taps:
+        del module.__dict__["forward"]
 
 
 def _slice(module: nn.Module, prefix: str, name: str, *rows: int) -> ParameterSlice | None:
@@ -57,6 +124,11 @@ class MultiheadAttention(Fused):
     """nn.MultiheadAttention: q, k and v are maps of their own; out_proj is called as a module."""
 
     module_types = (nn.MultiheadAttention,)
+
+    def weights(self, module: Any) -> list[str]:
+        if module._qkv_same_embed_dim:
+            return ["in_proj_weight"]
+        return [f"{name}_proj_weight" for name in "qkv"]
 
     def views(self, module: Any, prefix: str) -> dict[str, LinearView]:
         e = module.embed_dim
@@ -97,7 +169,7 @@ class MultiheadAttention(Fused):
             weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
         biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
         projected = [
-            tap(f"in_proj.{name}", x, F.linear(x, weight, bias), None, 1)
+            tap(f"in_proj.{name}", x, F.linear(x, weight, bias), batch_dim=1)
             for name, x, weight, bias in zip("qkv", (q, k, v), weights, biases, strict=True)
         ]
         if unbatched and key_padding_mask is not None:
@@ -149,7 +221,13 @@ class Recurrent(Fused):
     module_types = (nn.RNN, nn.GRU, nn.LSTM)
 
     def unsupported(self, module: Any) -> str | None:
-        return "LSTM with projections (proj_size)" if module.proj_size else None
+        if module.proj_size:
+            return "LSTM with projections (proj_size)"
+        return super().unsupported(module)
+
+    def weights(self, module: Any) -> list[str]:
+        suffixes = [s for layer in self._suffixes(module) for s in layer]
+        return [f"weight_{which}{suffix}" for suffix in suffixes for which in ("ih", "hh")]
 
     @staticmethod
     def _suffixes(module: Any) -> list[list[str]]:
@@ -232,14 +310,18 @@ class Recurrent(Fused):
         bias_ih, bias_hh = (
             (parameter("bias_ih"), parameter("bias_hh")) if module.bias else (None, None)
         )
-        from_input = tap(f"weight_ih{suffix}", x, F.linear(x, weight_ih, bias_ih), mask, 0)
+        from_input = tap(f"weight_ih{suffix}", x, F.linear(x, weight_ih, bias_ih), mask=mask)
         outputs: list[Tensor] = []
         steps = range(x.shape[1])
         for t in reversed(steps) if suffix.endswith("_reverse") else steps:
             here = None if mask is None else mask[:, t : t + 1]
             hidden = state[0]
             from_hidden = tap(
-                f"weight_hh{suffix}", hidden, F.linear(hidden, weight_hh, bias_hh), here, 0
+                f"weight_hh{suffix}",
+                hidden,
+                F.linear(hidden, weight_hh, bias_hh),
+                mask=here,
+                position=t,
             )
             new = _cell(module, from_input[:, t], from_hidden, state)
             if here is None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .statistics import KroneckerPart, Part, UnitwisePart
+from .statistics import KroneckerPart, Part, UnitwisePart, as_real
 
 
 def canonical(part: Part, tensors: Sequence[Tensor | None]) -> Tensor | None:
@@ -16,7 +16,7 @@ def canonical(part: Part, tensors: Sequence[Tensor | None]) -> Tensor | None:
     A missing one among others counts as zeros; sparse gradients cannot be had as one.
 
     [groups, P_out, P_in (+1)] for linear layers, [1 or 2, units] for normalisation layers, the
-    parameter's shape otherwise.
+    parameter's shape otherwise; complex ones as pairs of real numbers, see `as_real`.
     """
     if all(t is None for t in tensors) or any(t is not None and t.is_sparse for t in tensors):
         return None
@@ -31,7 +31,7 @@ def canonical(part: Part, tensors: Sequence[Tensor | None]) -> Tensor | None:
         return torch.cat([matrix, given[1].reshape(*matrix.shape[:2], 1)], -1)
     if isinstance(part, UnitwisePart):
         return torch.stack([tensor.flatten() for tensor in given])
-    return given[0]
+    return as_real(given[0])
 
 
 def read_gradient(part: Part) -> Tensor | None:
@@ -46,7 +46,7 @@ def write_gradients(parts: Sequence[Part], values: Sequence[Tensor]) -> None:
     for part, value in zip(parts, values, strict=True):
         for piece, new in zip(part.slices, _as_slices(part, value), strict=True):
             if piece.grad is not None:
-                targets.append(piece.grad)
+                targets.append(as_real(piece.grad))
                 sources.append(new)
     if targets:
         torch._foreach_copy_(targets, sources)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,3 +89,28 @@ def earliest(edges: list[GradientEdge]) -> list[GradientEdge]:
         if not reaches[edge.node]:
             unique[(edge.node, edge.output_nr)] = edge
     return list(unique.values())
+
+
+def leaves_beside(start: Node, below: Mapping[Node, Node | None]) -> set[int]:
+    """ids of the leaf tensors that a graph reaches without entering the layers that were tapped.
+
+    Args:
+        start: where to begin.
+        below: node of a layer's output -> node of its input, where the walk goes on, if it has one.
+    """
+    found: set[int] = set()
+    seen: set[Node] = set()
+    stack: list[Node | None] = [start]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in below:
+            stack.append(below[node])
+            continue
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            found.add(id(leaf))
+        stack += [child for child, _ in node.next_functions]
+    return found

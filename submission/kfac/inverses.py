@@ -22,7 +22,7 @@ from .factor_inverses import (
     eigendecomposition,
     invert_factors,
 )
-from .statistics import KroneckerPart, Part, Sums, UnitwisePart, statistics_dtype
+from .statistics import DiagonalPart, KroneckerPart, Part, Sums, UnitwisePart, statistics_dtype
 
 Inverse = dict[str, Tensor]
 
@@ -62,17 +62,14 @@ def invert_all(
             found[part.name] = _invert_small(part, own["F"], settings)
             continue
         a, b = factor_of(part, own, "A"), factor_of(part, own, "B")
-        mean_a, mean_b = a.mean_eigenvalue(), b.mean_eigenvalue()
-        if settings.relative:
-            strength = damping_rules.relative(settings.damping, mean_a, mean_b)
-        else:
-            strength = torch.full_like(mean_a, settings.damping)
+        strength = strength_of(part, own, settings.damping, settings.relative)
         if settings.kind == "exact":
             product = _invert_product(a, b, strength)
             if product is not None:
                 found[part.name] = product
             continue
-        added = damping_rules.split(settings.kind, strength, mean_a, mean_b)
+        means = a.mean_eigenvalue(), b.mean_eigenvalue()
+        added = damping_rules.split(settings.kind, strength, *means)
         out_side, in_side = part.sides
         # A gradient [P_out, P_in] is P_out vectors for A and P_in for B.
         for side, factor, extra, vectors in zip(
@@ -95,22 +92,46 @@ def invert_all(
     return {name: inverse for name, inverse in found.items() if name not in failed}
 
 
+def strength_of(part: Part, averages: Sums, damping: float, relative: bool) -> Tensor:
+    """What is added to a part's curvature: λ, or λ times its mean eigenvalue; [groups].
+
+    A dead part keeps the plain λ.
+    """
+    if isinstance(part, KroneckerPart):
+        means = (factor_of(part, averages, side).mean_eigenvalue() for side in ("A", "B"))
+        mean_a, mean_b = means
+        mean = mean_a * mean_b  # of A ⊗ B
+    else:
+        f = averages["F"]
+        has_blocks = isinstance(part, UnitwisePart)
+        mean = (f[[0, -1]] if has_blocks else f).mean().reshape(1)
+    plain = torch.full_like(mean, damping)
+    return torch.where(mean > 0, damping * mean, plain) if relative else plain
+
+
+def renewed_damping(
+    part: Part, averages: Sums, inverse: Inverse, settings: InverseSettings
+) -> Inverse:
+    """The inverse of kind "exact" with another damping, in the basis that it has."""
+    if not isinstance(part, KroneckerPart):
+        return _invert_small(part, averages["F"], settings)
+    strength = strength_of(part, averages, settings.damping, settings.relative)
+    return {**inverse, "damping": strength}
+
+
 def _invert_small(part: Part, f: Tensor, settings: InverseSettings) -> Inverse:
     """Of blocks per unit, `blocks` [3, units] (γγ, γβ, ββ); of a diagonal, `reciprocal`.
 
     `reciprocal` is one row [1, entries], so that parts can lie side by side; that of a diagonal
     that has been averaged over rows keeps its shape.
     """
-    mean = f[[0, -1]].mean() if isinstance(part, UnitwisePart) else f.mean()
-    damping = settings.damping
-    strength = damping * mean if settings.relative else torch.full_like(mean, damping)
-    strength = torch.where(strength > 0, strength, damping)
+    strength = strength_of(part, {"F": f}, settings.damping, settings.relative)
     if isinstance(part, UnitwisePart) and part.has_bias:
         a, b, d = f[0] + strength, f[1], f[2] + strength
         return {"blocks": torch.stack([d, -b, a]) / (a * d - b * b)}
     reciprocal = (f + strength).reciprocal()
-    whole = reciprocal.numel() == part.slices[0].data.numel()
-    return {"reciprocal": reciprocal.reshape(1, -1) if whole else reciprocal}
+    by_row = isinstance(part, DiagonalPart) and part.by_row
+    return {"reciprocal": reciprocal if by_row else reciprocal.reshape(1, -1)}
 
 
 def _invert_product(a: FactorForm, b: FactorForm, strength: Tensor) -> Inverse | None:

@@ -25,6 +25,7 @@ from .sharing import (
     zero_padding,
 )
 
+LARGEST_DENSE_VOCABULARY = 2048  # of an embedding whose A is not diagonal by itself
 MIN_CHANNELS = 8  # per group; below, materialised patches are faster than shifted products
 
 
@@ -32,7 +33,15 @@ class Kind(ABC):
     """The canonical view of one type of linear layer (see the module's docstring)."""
 
     module_types: tuple[type[nn.Module], ...]
-    one_hot_inputs = False  # rows are one-hot: A is diagonal in the expand approximation
+
+    def keeps_diagonal_input(self, module: Any, approx: str) -> bool:
+        """Whether A is diagonal, or too large to be kept as anything else."""
+        del module, approx
+        return False
+
+    def is_alike(self, module: Any, other: Any) -> bool:
+        """Whether the same parameters are the same matrix in another module of this kind."""
+        return self.sides(module) == self.sides(other)
 
     def unsupported(self, module: Any) -> str | None:
         """Why this particular module cannot be handled, or None."""
@@ -164,6 +173,10 @@ class ConvKind(Kind):
     def groups(self, module: Any) -> int:
         return int(module.groups)
 
+    def is_alike(self, module: Any, other: Any) -> bool:
+        same_kernel = module.transposed == other.transposed and module.groups == other.groups
+        return same_kernel and super().is_alike(module, other)
+
     def as_called(self, module: Any, x: Tensor, y: Tensor) -> Any:
         return convolution.as_called(module, x, y) if x.dim() == y.dim() else module
 
@@ -243,7 +256,10 @@ class EmbeddingKind(Kind):
     """nn.Embedding: rows are one-hot vectors; the weight is the transpose of a linear layer's."""
 
     module_types = (nn.Embedding,)
-    one_hot_inputs = True
+
+    def keeps_diagonal_input(self, module: Any, approx: str) -> bool:
+        # The mean of one-hot rows is not one-hot, but V×V numbers are too many.
+        return approx == "expand" or int(module.num_embeddings) > LARGEST_DENSE_VOCABULARY
 
     def unsupported(self, module: Any) -> str | None:
         if module.max_norm is not None:

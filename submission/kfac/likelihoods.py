@@ -64,6 +64,11 @@ class Likelihood(ABC):
         del targets
         return None if mask is None else self._expand_mask(mask, logits)
 
+    def example_dim(self, logits: Tensor) -> int:
+        """The dimension of the logits that counts the examples: the first of the terms'."""
+        del logits
+        return 0
+
     # ---- what the engine asks ---------------------------------------------------------------
 
     def terms(
@@ -189,6 +194,9 @@ class Categorical(Likelihood):
 
     def _dim(self, logits: Tensor) -> int:
         return self.class_dim % logits.dim()
+
+    def example_dim(self, logits: Tensor) -> int:
+        return 1 if self._dim(logits) == 0 and logits.dim() > 1 else 0
 
     def term_shape(self, logits: Tensor) -> torch.Size:
         dim = self._dim(logits)

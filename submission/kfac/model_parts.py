@@ -12,7 +12,7 @@ from .capture import Recording
 from .config import KFACConfig
 from .partition import Partition, demote_uncalled, partition
 from .placements import owners
-from .statistics import KroneckerPart, Part, UnitwisePart
+from .statistics import DiagonalPart, KroneckerPart, Part, UnitwisePart
 
 
 class ModelParts:
@@ -58,7 +58,8 @@ class ModelParts:
         self.partition, self.uncalled = self._layers, []
         if called is not None:
             self.uncalled = [part for part in self.layers() if part.name not in called]
-            self.partition = demote_uncalled(self._layers, [part.name for part in self.uncalled])
+            names = [part.name for part in self.uncalled]
+            self.partition = demote_uncalled(self._layers, names, self._config.max_factor_side)
         self.owners = owners(self.partition.parts, self._config.inverse_placement)
 
     def whole(self, approx: str) -> Partition:
@@ -73,6 +74,8 @@ class ModelParts:
 
     def is_observed(self, part: Part) -> bool:
         """Whether a part's curvature is of use: Adam asks for that of layers with a basis only."""
+        if isinstance(part, DiagonalPart) and part.sparse:
+            return False
         return self._config.direction != "eigenbasis_adam" or isinstance(part, KroneckerPart)
 
     @property

@@ -92,7 +92,9 @@ def partition(
     claimed = {id(piece.parameter) for part in parts for piece in part.slices}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in claimed:
-            parts.append(DiagonalPart(name, parameter))
+            holding = holders[id(parameter)]
+            sparse = any(getattr(module, "sparse", False) is True for module in holding)
+            parts.append(diagonal_part(name, parameter, max_factor_side, sparse))
             reasons.setdefault(name, "parameter outside the supported layers")
     if not parts:
         raise ValueError("the model has no trainable parameter")
@@ -180,7 +182,10 @@ def _shared_parts(
     kinds = [kind_of(other) for other in others]
     own = module._parameters
     if kind is not None and all(k is kind for k in kinds):
-        if all(_same_parameters(module, other) for other in others):
+        reason = next((r for m in (module, *others) if (r := kind.unsupported(m))), None)
+        if reason is not None:
+            return [], reason
+        if all(_same_parameters(module, m) and kind.is_alike(module, m) for m in others):
             if module is not next(m for m in holders[id(own["weight"])]):
                 return [], None  # counted with the first of them
             slices = _slices(name, module)
@@ -236,13 +241,23 @@ def _kronecker_part(
         approx=options.approx,
         slices=slices,
         joint_bias=options.joint_bias,
-        diagonal_input=too_wide or (kind.one_hot_inputs and options.approx == "expand"),
+        diagonal_input=too_wide or kind.keeps_diagonal_input(module, options.approx),
         diagonal_gradient=out_side > options.max_factor_side,
         also=also,
     )
 
 
-def demote_uncalled(partition: Partition, uncalled: Collection[str]) -> Partition:
+def diagonal_part(
+    name: str, parameter: nn.Parameter, max_factor_side: int, sparse: bool = False
+) -> DiagonalPart:
+    """A parameter with the diagonal of its GGN, by row where it is larger than a factor may be."""
+    too_large = parameter.dim() > 1 and parameter.numel() > max_factor_side**2
+    return DiagonalPart(name, parameter, by_row=too_large, sparse=sparse)
+
+
+def demote_uncalled(
+    partition: Partition, uncalled: Collection[str], max_factor_side: int
+) -> Partition:
     """Turns layers whose forward was never called into parameters with a diagonal curvature.
 
     Such a layer's weight is used some other way (functionally, or in a fused operation), which
@@ -250,6 +265,7 @@ def demote_uncalled(partition: Partition, uncalled: Collection[str]) -> Partitio
 
     Args:
         uncalled: names of the layers.
+        max_factor_side: as in `partition`.
     """
     parts: list[Part] = [part for part in partition.parts if part.name not in uncalled]
     reasons = dict(partition.reasons)
@@ -259,6 +275,6 @@ def demote_uncalled(partition: Partition, uncalled: Collection[str]) -> Partitio
         reasons.pop(part.name, None)
         for piece in part.slices:
             if piece.name not in reasons:  # the rows of one parameter come back together
-                parts.append(DiagonalPart(piece.name, piece.parameter))
+                parts.append(diagonal_part(piece.name, piece.parameter, max_factor_side))
                 reasons[piece.name] = f"'{part.name}' has not been called as a module so far"
     return Partition(tuple(parts), reasons)

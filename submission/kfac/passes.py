@@ -7,11 +7,15 @@ mean zero, so products of different examples vanish on average; the other Fisher
 
 - `type-2`: a pass for each example (exact, N times the cost),
 - `empirical`: a random sign for each example (unbiased, no extra cost).
+
+`type-2` also takes a pass for each row of the logits where these are not the examples of the layers
+(nodes of graphs, positions folded into the first dimension, time first): rows of one example would
+add up in a reduced layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,11 +33,13 @@ class FisherPass:
         vector: in the shape of the logits.
         zero_mean: whether examples are independent with mean zero in it.
         single: whether it belongs to one example alone.
+        example_dim: the dimension of the vector that counts the examples.
     """
 
     vector: Tensor
     zero_mean: bool
     single: bool = False
+    example_dim: int = 0
 
 
 def mixes_examples(model: nn.Module) -> bool:
@@ -54,8 +60,16 @@ def fisher_passes(
     mask: Tensor | None,
     targets: Tensor | None,
     generator: torch.Generator | None,
+    examples: Iterable[int] = (),
 ) -> Iterator[FisherPass]:
-    """What to propagate; arguments as in `Likelihood.would_be_gradients`."""
+    """What to propagate.
+
+    Args:
+        examples: the numbers of examples that the layers had.
+
+    Others are as in `Likelihood.would_be_gradients`.
+    """
+    dim = likelihood.example_dim(logits)
     vectors = likelihood.would_be_gradients(
         logits,
         fisher_type=fisher_type,
@@ -64,28 +78,31 @@ def fisher_passes(
         targets=targets,
         generator=generator,
     )
-    if fisher_type == "mc" or not mixes_examples(model):
+    mixed = mixes_examples(model)
+    folded = fisher_type == "type-2" and any(n != logits.shape[dim] for n in examples)
+    if fisher_type == "mc" or not (mixed or folded):
         for vector in vectors:
-            yield FisherPass(vector, zero_mean=fisher_type == "mc")
+            yield FisherPass(vector, zero_mean=fisher_type == "mc", example_dim=dim)
     elif fisher_type == "empirical":
         for vector in vectors:
-            yield FisherPass(vector * _signs(vector, generator), zero_mean=True)
+            yield FisherPass(vector * _signs(vector, dim, generator), True, example_dim=dim)
     else:
         for vector in vectors:
-            for alone in one_example_at_a_time(vector):
-                yield FisherPass(alone, zero_mean=False, single=True)
+            for alone in one_example_at_a_time(vector, dim):
+                yield FisherPass(alone, zero_mean=False, single=True, example_dim=dim)
 
 
-def one_example_at_a_time(vector: Tensor) -> Iterator[Tensor]:
-    """The rows of a vector, each with zeros in place of all others."""
-    for example in range(vector.shape[0]):
+def one_example_at_a_time(vector: Tensor, dim: int = 0) -> Iterator[Tensor]:
+    """Slices of a vector along `dim`, each with zeros in place of all others."""
+    for example in range(vector.shape[dim]):
         alone = torch.zeros_like(vector)
-        alone[example] = vector[example]
+        alone.select(dim, example).copy_(vector.select(dim, example))
         yield alone
 
 
-def _signs(vector: Tensor, generator: torch.Generator | None) -> Tensor:
+def _signs(vector: Tensor, dim: int, generator: torch.Generator | None) -> Tensor:
     """1 or -1 for each example, in a shape that broadcasts over the vector."""
-    shape = (vector.shape[0], *(1,) * (vector.dim() - 1))
+    shape = [1] * vector.dim()
+    shape[dim] = vector.shape[dim]
     coins = torch.randint(0, 2, shape, generator=generator, device=vector.device)
     return (2 * coins - 1).to(vector.dtype)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -182,8 +182,11 @@ class KFAC:
         self._recordings = recordings
 
     def _split(self) -> None:
+        before = {part.name: type(part) for part in self._parts.partition.parts}
         self._parts.split(self._state.approx or "expand", self._state.called)
-        self._state.keep_only(self._parts.names)
+        # A parameter and a map inside a fused module may have the same name.
+        now = {part.name: type(part) for part in self._parts.partition.parts}
+        self._state.keep_only([name for name in now if before.get(name) is now[name]])
         self._batches = None
 
     def update(
@@ -220,11 +223,15 @@ class KFAC:
         recordings, self._recordings = self._recordings, {}
         start = time.perf_counter()
         if self._state.approx is None:
-            self._decide_setting(likelihood, logits)
+            examples = recordings["expand"].examples.values()
+            self._decide_setting(likelihood, logits, examples)
         assert self._state.approx is not None
         recording = recordings[self._state.approx]
+        if self._state.called is None or self._parts.uncalled:
+            recording.find_other_uses(logits)
         if self._state.called is None:
             self._find_called_layers(recording)
+            self._warn_of_folded_positions(recording, likelihood, logits)
         if recording.out_of_memory is None:
             passes = fisher_passes(
                 likelihood,
@@ -235,6 +242,7 @@ class KFAC:
                 mask=mask,
                 targets=targets,
                 generator=self._generator,
+                examples=recording.examples.values(),
             )
             for fisher_pass in passes:
                 recording.fisher_pass(logits, fisher_pass)
@@ -244,8 +252,11 @@ class KFAC:
         recording.release()
         self._state.seconds["factors"] += time.perf_counter() - start
 
-    def _decide_setting(self, likelihood: Likelihood, logits: Tensor) -> None:
-        self._state.approx, reason = detect_setting(likelihood, logits, self._sharing)
+    def _decide_setting(
+        self, likelihood: Likelihood, logits: Tensor, examples: Iterable[int]
+    ) -> None:
+        approx, reason = detect_setting(likelihood, logits, self._sharing, examples)
+        self._state.approx = approx
         self._split()
         logger.info("K-FAC-%s is chosen: %s", self._state.approx, reason)
 
@@ -259,9 +270,27 @@ class KFAC:
         recording.replace(self._parts.observed)
         if self._parts.uncalled:
             logger.warning(
-                "K-FAC: not called as modules in the first recorded pass, so their parameters "
-                "have a curvature of their own until they are: %s",
+                "K-FAC: not called as modules in the first recorded pass, or used besides these "
+                "calls, so their parameters have a curvature of their own: %s",
                 ", ".join(part.name for part in self._parts.uncalled),
+            )
+
+    def _warn_of_folded_positions(
+        self, recording: Recording, likelihood: Likelihood, logits: Tensor
+    ) -> None:
+        """Says where positions seem to be taken for examples, which matters to K-FAC-reduce."""
+        if self._sharing is not None or self._state.approx != "reduce":
+            return
+        outputs = logits.shape[likelihood.example_dim(logits)]
+        odd = [name for name, number in recording.examples.items() if number != outputs]
+        if odd:
+            logger.warning(
+                "K-FAC-reduce: the outputs are for %d examples, but layers have another number of "
+                "them (%s: %d): if several rows of a layer belong to one example, say so "
+                "(record(sharing=...))",
+                outputs,
+                ", ".join(odd[:5]) + (", ..." if len(odd) > 5 else ""),
+                recording.examples[odd[0]],
             )
 
     def reduce_factors(self) -> None:
@@ -310,9 +339,11 @@ class KFAC:
         self._recordings = {}  # one that was not used keeps a graph alive
         accumulated = self._take_in()
         factors_done = time.perf_counter()
-        if self._state.averages and (
-            self.inverses_due or not self._state.inverses or self._state.inverses_stale
-        ):
+        renew = self.inverses_due or not self._state.inverses
+        if not renew and self._state.inverses_stale and self.config.damping_kind == "exact":
+            updates.renew_damping(self._state, self._preconditioned(), self.config)
+            self._batches = None
+        elif self._state.averages and (renew or self._state.inverses_stale):
             old = dict(self._state.inverses)
             for name in updates.renew_inverses(
                 self._state, self._preconditioned(), self._parts.owners, self.config
@@ -415,7 +446,16 @@ class KFAC:
             The reduction ratio.
         """
         parts, averages = self._parts.partition.parts, self._state.averages
-        predicted = float(predicted_change(parts, averages, trial, self._state.damping))
+        predicted = float(
+            predicted_change(
+                parts,
+                averages,
+                self._state.inverses,
+                trial,
+                damping=self._state.damping,
+                relative=self.config.relative_damping,
+            )
+        )
         ratio = (loss_after - loss_before) / predicted if predicted < 0 else float("-inf")
         steps = self.config.inverse_update_steps
         self.damping = adapted_damping(self._state.damping, ratio, steps)

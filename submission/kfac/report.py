@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .parameters import LinearView
 from .partition import Partition
-from .statistics import KroneckerPart, Part, UnitwisePart, statistics_dtype
+from .statistics import DiagonalPart, KroneckerPart, Part, UnitwisePart, statistics_dtype
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,17 @@ def _row(part: Part, reason: str, fallback: str, sharing: str) -> ReportRow:
         )
     how = "raw gradient"
     entries = 0
-    if fallback == "adam":
+    if isinstance(part, DiagonalPart) and part.sparse:
+        reason += "; sparse gradients are left as they are"
+    elif fallback == "adam":
         how, entries = "Adam", 2 * count
     elif fallback == "diagonal":
-        how = "unit-wise" if isinstance(part, UnitwisePart) else "diagonal"
-        per_unit = 3 if isinstance(part, UnitwisePart) and part.has_bias else 1
-        entries = 2 * per_unit * parameters[0].numel()
+        if isinstance(part, UnitwisePart):
+            how, entries = "unit-wise", 2 * (3 if part.has_bias else 1) * parameters[0].numel()
+        elif part.by_row:
+            how, entries = "diagonal, by row", 2 * parameters[0].shape[0]
+        else:
+            how, entries = "diagonal", 2 * parameters[0].numel()
     layer = type(part.module).__name__ if isinstance(part, UnitwisePart) else "Parameter"
     shape = " x ".join(str(s) for s in parameters[0].shape) or "1"
     return ReportRow(part.name, layer, shape, sharing, how, count, entries * itemsize, reason)

@@ -8,13 +8,17 @@ have dimensions left, or they do not.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+
 from torch import Tensor
 
 from .likelihoods import Categorical, Likelihood
 from .sharing import RaggedBatch, Segments, SharingRule
 
 
-def detect_setting(likelihood: Likelihood, logits: Tensor, sharing: SharingRule) -> tuple[str, str]:
+def detect_setting(
+    likelihood: Likelihood, logits: Tensor, sharing: SharingRule, examples: Iterable[int] = ()
+) -> tuple[str, str]:
     """("expand" or "reduce", the reason in words), from the outputs of one forward pass.
 
     Args:
@@ -22,14 +26,29 @@ def detect_setting(likelihood: Likelihood, logits: Tensor, sharing: SharingRule)
             likelihoods the last dimension are the outputs of one position.
         sharing: as given to `record`. With ragged rows, outputs for every row of a kind of which
             examples have several (nodes) mean the expand setting.
+        examples: the numbers of examples that the layers had. Outputs for more of them than any
+            layer has are positions folded into the first dimension: the expand setting.
     """
     shape = likelihood.term_shape(logits)
     positions = shape[1:] if isinstance(likelihood, Categorical) else shape[1:-1]
-    kinds: list[Segments] = []
-    if isinstance(sharing, RaggedBatch):
-        kinds = [s for s in sharing.kinds.values() if s.rows == logits.shape[0]]
+    outputs = logits.shape[likelihood.example_dim(logits)]
+    kinds = [s for s in _segments(sharing) if s.rows == outputs]
     if kinds and all(s.rows != s.num_segments for s in kinds):
-        return "expand", f"the {logits.shape[0]} rows of the outputs are several to an example"
+        return "expand", f"the {outputs} rows of the outputs are several to an example"
+    most = max(examples, default=outputs)
+    if outputs > most:
+        return "expand", f"there are outputs for {outputs} positions of {most} examples"
     if positions.numel() > 1:
         return "expand", f"every example has {positions.numel()} positions with a loss of their own"
     return "reduce", "every example has one loss term for all its positions"
+
+
+def _segments(rule: SharingRule) -> Iterator[Segments]:
+    """All segments that a rule speaks of."""
+    if isinstance(rule, Segments):
+        yield rule
+    elif isinstance(rule, RaggedBatch):
+        yield from rule.kinds.values()
+    elif isinstance(rule, Mapping):
+        for value in rule.values():
+            yield from _segments(value)

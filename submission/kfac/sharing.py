@@ -181,6 +181,13 @@ def unknown_names(rule: SharingRule, layers: Iterable[str]) -> list[str]:
     ]
 
 
+def number_of_examples(sharing: Sharing, rows: Tensor) -> int:
+    """N of a layer's input [.., N at batch_dim, ..], or of segments."""
+    if isinstance(sharing, Segments):
+        return sharing.num_segments
+    return rows.shape[sharing.batch_dim] if rows.dim() > sharing.batch_dim else 1
+
+
 def check_segments(rows: int, sharing: Sharing) -> None:
     """Whether segments have an id for every row.
 

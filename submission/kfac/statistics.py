@@ -80,10 +80,18 @@ class UnitwisePart:
 
 @dataclass(frozen=True)
 class DiagonalPart:
-    """A parameter that is in no supported layer: the diagonal of its GGN."""
+    """A parameter that is in no supported layer: the diagonal of its GGN.
+
+    Args:
+        by_row: only its mean over each row (entry of the first dimension) is kept: a table of
+            embeddings with millions of rows has no room for more.
+        sparse: its gradients are sparse tensors, which are left as they are.
+    """
 
     name: str
     parameter: nn.Parameter
+    by_row: bool = False
+    sparse: bool = False
 
     @property
     def slices(self) -> tuple[ParameterSlice, ...]:
@@ -96,7 +104,13 @@ Part = KroneckerPart | UnitwisePart | DiagonalPart
 
 def statistics_dtype(parameter: Tensor) -> torch.dtype:
     """float64 for float64 parameters, float32 for all others: sums are never kept in half."""
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    wide = parameter.dtype in (torch.float64, torch.complex128)
+    return torch.float64 if wide else torch.float32
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A complex tensor with its real and imaginary parts along a last dimension; a view."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 class Collector(ABC):
@@ -351,9 +365,26 @@ def empty_unitwise_sums(part: UnitwisePart) -> Sums:
 
 
 def empty_diagonal_sums(part: DiagonalPart) -> Sums:
-    """Zero sums: F in the shape of the parameter, count [] of passes that reached it."""
-    parameter = part.parameter
-    return {"F": _zeros(tuple(parameter.shape), parameter), "count": _zeros((), parameter)}
+    """Zero sums: F in the shape of the parameter, count [] of passes that reached it.
+
+    By row, all dimensions of F but the first have size 1.
+    """
+    shape = tuple(as_real(part.parameter.detach()).shape)
+    if part.by_row:
+        shape = (shape[0], *(1 for _ in shape[1:]))
+    return {"F": _zeros(shape, part.parameter), "count": _zeros((), part.parameter)}
+
+
+def add_squares(part: DiagonalPart, sums: Sums, gradient: Tensor) -> None:
+    """Adds the squares of a would-be gradient of the parameter, in place; of a row their mean."""
+    total, gradient = sums["F"], as_real(gradient)
+    if part.by_row:
+        # Nothing of the parameter's size is made.
+        norms = torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=total.dtype)
+        total += (norms.square() / gradient[0].numel()).reshape(total.shape)
+    else:
+        total += gradient.to(total.dtype).square()
+    sums["count"] += 1
 
 
 def empty_sums(part: Part) -> Sums:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import EmbeddingKind
-from .sharing import Sharing, rows_per_example
+from .sharing import Sharing, count_rows, rows_per_example
 from .statistics import (
     Collector,
     ExpandCollector,
@@ -56,7 +56,7 @@ class _EmbeddingCollector(Collector):
             diagonal = torch.zeros_like(self.sums["E_V"]).unsqueeze(0)
             _KIND.add_second_moment(diagonal, self._embedding, x, sharing, False)
             self.sums["E_V"] += diagonal[0]
-            self.sums["E_count"] += diagonal.sum()
+            self.sums["E_count"] += count_rows(_KIND.leading(self._embedding, x, sharing), sharing)
         self.sharings.append(sharing)
 
     def gradient(self, call: int, g: Tensor) -> None:

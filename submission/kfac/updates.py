@@ -14,7 +14,7 @@ from . import distributed
 from .config import KFACConfig
 from .curvature import average_sums
 from .eigenvalue_correction import is_correctable, summed_eigenvalues
-from .inverses import InverseSettings, invert_all
+from .inverses import InverseSettings, invert_all, renewed_damping
 from .placements import exchange_inverses
 from .state import KFACState
 from .statistics import KroneckerPart, Part, RowPairs, Sums
@@ -110,6 +110,16 @@ def renew_inverses(
     state.inverses_stale = False
     state.corrections = 0
     return names
+
+
+def renew_damping(state: KFACState, parts: Sequence[Part], config: KFACConfig) -> None:
+    """Takes a new damping into the inverses of kind "exact", whose eigenvalues stay."""
+    settings = InverseSettings(config.damping_kind, state.damping, config.relative_damping, 1)
+    for part in parts:
+        if part.name in state.inverses and part.name in state.averages:
+            averages, inverse = state.averages[part.name], state.inverses[part.name]
+            state.inverses[part.name] = renewed_damping(part, averages, inverse, settings)
+    state.inverses_stale = False
 
 
 def correct_eigenvalues(

@@ -68,7 +68,9 @@ def test_the_predicted_change_is_the_quadratic_model(kfac_approx):
     norm = torch.stack([steps["norm.weight"], steps["norm.bias"]], 1)
     expected += 0.5 * torch.einsum("ui,uij,uj->", norm, blocks["norm"].blocks, norm)
     expected += 0.5 * (blocks["shift"].diagonal * steps["shift"].square()).sum()
-    torch.testing.assert_close(predicted_change(parts, averages, trial, 0.1), expected)
+    torch.testing.assert_close(
+        predicted_change(parts, averages, {}, trial, damping=0.1, relative=False), expected
+    )
 
 
 def test_a_small_step_goes_as_predicted_and_lowers_the_damping():
@@ -108,3 +110,32 @@ def test_deep_linear_nets_are_their_quadratic_model():
             p -= p.grad
         after = F.mse_loss(model(x), y)
     assert kfac.end_trial(trial, float(loss.detach()), float(after)) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("corrected", [True, False])
+def test_the_prediction_for_the_minimiser_of_the_damped_model(relative, corrected):
+    """Along the exact Newton step of the model, M(δ) = ½ gᵀδ, whatever the units of λ."""
+    model, x = nn.Linear(4, 3), 10 * torch.randn(20, 4)
+    kfac = KFAC(
+        model,
+        KFACConfig(fisher_type="type-2", damping_kind="exact", relative_damping=relative,
+                   damping=0.5, eigenvalue_correction=corrected),
+    )  # fmt: skip
+    with kfac.record():
+        logits = model(x)
+    kfac.update(logits, "categorical")
+    F.cross_entropy(logits, torch.randint(3, (20,))).backward()
+    plain = [p.grad.clone() for p in model.parameters()]
+    trial = kfac.begin_trial()
+    kfac.precondition()
+    with torch.no_grad():
+        for p in model.parameters():
+            p -= p.grad
+    parts, state = kfac._parts.partition.parts, kfac._state
+    found = predicted_change(
+        parts, state.averages, state.inverses, trial, damping=kfac.damping, relative=relative
+    )
+    steps = [-p.grad for p in model.parameters()]
+    expected = 0.5 * sum((g * s).sum() for g, s in zip(plain, steps, strict=True))
+    torch.testing.assert_close(found, expected)

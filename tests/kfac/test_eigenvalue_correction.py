@@ -121,3 +121,27 @@ def test_shared_positions_and_intervals_resume_bit_for_bit(kfac_approx):
 def test_it_needs_exact_damping():
     with pytest.raises(ValueError, match="needs damping_kind 'exact', not 'pi'"):
         KFACConfig(eigenvalue_correction=True)
+
+
+def test_a_new_damping_between_updates_keeps_the_corrected_eigenvalues():
+    def gradient(factor):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+        kfac = KFAC(
+            model, config(factor_update_steps=10, inverse_update_steps=10, early_updates=False)
+        )
+        x, y = torch.randn(20, 4), torch.randint(3, (20,))
+        step(model, kfac, x, y)
+        kfac.damping *= factor
+        plain = step(model, kfac, x, y)
+        return kfac, model, plain
+
+    _, same, _ = gradient(1.0)
+    _, nearly, _ = gradient(1 + 1e-12)
+    torch.testing.assert_close(nearly[0].weight.grad, same[0].weight.grad, rtol=1e-8, atol=1e-12)
+    kfac, model, plain = gradient(3.0)
+    inverse = kfac.state_dict()["inverses"]["0"]
+    q_a, q_b = inverse["A.eigenvectors"][0], inverse["B.eigenvectors"][0]
+    joint = torch.cat([plain["0.weight"], plain["0.bias"][:, None]], 1)
+    expected = q_b @ ((q_b.T @ joint @ q_a) / (inverse["corrected"][0] + 0.03)) @ q_a.T
+    torch.testing.assert_close(model[0].weight.grad, expected[:, :-1])

@@ -144,3 +144,17 @@ def test_factors_of_equal_side_are_inverted_together_as_alone(vectors):
             factor_inverses.apply_left(alone, right_side),
             rtol=1e-10, atol=1e-12,
         )  # fmt: skip
+
+
+def test_a_low_rank_inverse_does_not_return_noise():
+    """A damping below what float32 knows of the factor is raised to it, as for dense factors."""
+    rows = torch.randn(4, 50, dtype=torch.float32).unsqueeze(0)
+    tiny = torch.tensor([1e-12])
+    (found,) = invert_factors([Request(rows, tiny, low_rank=True)])
+    vector = rows.mT @ torch.randn(4, 1, dtype=torch.float32)
+    result = factor_inverses.apply_left(found, vector)
+    exact = torch.linalg.lstsq(rows[0].double().T @ rows[0].double(), vector[0].double()).solution
+    assert (result[0].double() - exact).norm() < 0.5 * exact.norm()
+    wide = rows.double()
+    (unchanged,) = invert_factors([Request(wide, torch.tensor([1e-3]), low_rank=True)])
+    torch.testing.assert_close(unchanged["scale"], torch.tensor([1e3]))

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from ggn import exact_ggn, relative_error
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
 
-from submission.kfac import KFAC, KFACConfig, curvature
+from submission.kfac import KFAC, KFACConfig, Positions, curvature
 from submission.kfac.capture import Recording
 from submission.kfac.partition import partition
 
@@ -210,3 +211,203 @@ def test_transformer_encoder_layers_have_no_parameter_left_over():
         "self_attn.in_proj.q", "self_attn.in_proj.k", "self_attn.in_proj.v", "self_attn.out_proj",
         "linear1", "linear2", "norm1", "norm2",
     }  # fmt: skip
+
+
+# ---- models that use fused modules in unusual ways ----------------------------------------------
+
+
+class Recurring(nn.Module):
+    """A recurrent layer, inside an activation checkpoint or not, and a head on the mean."""
+
+    def __init__(self, kind, checkpointed):
+        super().__init__()
+        self.layer, self.head = kind(4, 4, batch_first=True), nn.Linear(4, 3)
+        self.checkpointed = checkpointed
+
+    def forward(self, x):
+        if self.checkpointed:
+            h = checkpoint(lambda z: self.layer(z)[0], x, use_reentrant=False)
+        else:
+            h = self.layer(x)[0]
+        return self.head(h.mean(1))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_inside_a_checkpoint_a_fused_module_stays_as_it_is(kind, caplog):
+    model, plain = Recurring(kind, True), Recurring(kind, False)
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(5, 3, 4)
+    kfac = KFAC(model, KFACConfig("reduce", fisher_type="type-2"))
+    with kfac.record():
+        logits = model(x)
+    kfac.update(logits, "categorical")
+    logits.square().sum().backward()
+    plain(x).square().sum().backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    rows = {row.name: row.preconditioner for row in kfac.report()}
+    assert rows["layer.weight_ih_l0"] == "diagonal"
+    assert rows["head"] == "K-FAC-reduce"
+    assert "layer.weight_ih_l0" in caplog.text
+
+
+class Attending(nn.Module):
+    """Linear, attention, recurrent layer; positions before examples, or after them."""
+
+    def __init__(self, batch_first):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=batch_first)
+        self.recurrent = nn.GRU(4, 4, batch_first=batch_first)
+        self.head = nn.Linear(4, 3)
+        self.time = 1 if batch_first else 0
+
+    def forward(self, x):
+        x = self.inner(x)
+        x = self.recurrent(self.attention(x, x, x)[0])[0]
+        return self.head(x.mean(self.time))
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+def test_a_rule_for_positions_before_examples_holds_inside_fused_modules(kfac_approx):
+    model, same = Attending(False), Attending(True)
+    same.load_state_dict(model.state_dict())
+    x = torch.randn(7, 5, 4)
+    options = {"likelihood": "categorical", "kfac_approx": kfac_approx, "fisher_type": "type-2"}
+    rule = {"": Positions(batch_dim=1), "head": Positions()}
+    found = curvature(model, x, sharing=rule, **options)
+    expected = curvature(same, x.transpose(0, 1), **options)
+    assert found.keys() == expected.keys()
+    for name, block in expected.items():
+        assert relative_error(found[name].to_dense(), block.to_dense()) < 1e-12
+
+
+def test_a_mask_of_positions_reaches_every_time_step():
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.RNN(3, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.layer(x)[0]
+
+    found = curvature(
+        Net(), torch.randn(2, 3, 3), likelihood="gaussian", kfac_approx="expand",
+        fisher_type="type-2", sharing=Positions(mask=mask), mask=mask.unsqueeze(-1).expand(2, 3, 2),
+    )  # fmt: skip
+    ones = found["layer.weight_ih_l0"].input_covariance[-1, -1]
+    assert float(ones) == pytest.approx(1.0)
+    assert float(found["layer.weight_hh_l0"].input_covariance[-1, -1]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("logits_of", [lambda h: h.mean(1), lambda h: h])
+def test_the_setting_is_detected_with_fused_modules(logits_of):
+    model = Attending(True)
+    model.forward = lambda x: model.head(logits_of(model.attention(x, x, x)[0]))
+    kfac = KFAC(model, KFACConfig("auto", fisher_type="type-2"))
+    x = torch.randn(5, 3, 4)
+    with kfac.record():
+        logits = model(x)
+    kfac.update(logits, "categorical")
+    logits.square().sum().backward()
+    kfac.precondition()
+    approx = "expand" if logits.dim() == 3 else "reduce"
+    assert {row.preconditioner for row in kfac.report() if "attention" in row.name} == {
+        f"K-FAC-{approx}"
+    }
+    expected = curvature(
+        model, x, likelihood="categorical", kfac_approx=approx, fisher_type="type-2"
+    )
+    for name, block in kfac.curvature().items():
+        if name.startswith("attention"):
+            assert relative_error(block.to_dense(), expected[name].to_dense()) < 1e-12
+
+
+def weight_normed(module, name):
+    return nn.utils.parametrizations.weight_norm(module, name)
+
+
+def patched(module):
+    original = module.forward
+    module.forward = lambda *a, **k: (original(*a, **k)[0] * 2, None)
+    return module
+
+
+UNUSUAL = {
+    "projections": (lambda: nn.LSTM(4, 4, proj_size=2, batch_first=True), "projections"),
+    "weight norm, recurrent": (
+        lambda: weight_normed(nn.GRU(4, 4), "weight_hh_l0"), "parametrisation",
+    ),
+    "weight norm, attention": (
+        lambda: weight_normed(nn.MultiheadAttention(4, 2), "in_proj_weight"), "parametrisation",
+    ),
+    "forward of the instance": (lambda: patched(nn.GRU(4, 4)), "replaced on the instance"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(UNUSUAL))
+def test_fused_modules_that_are_not_handled_run_as_they_are(case):
+    make, reason = UNUSUAL[case]
+    module = make()
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = module
+
+        def forward(self, x):
+            arguments = (x, x, x) if isinstance(module, nn.MultiheadAttention) else (x,)
+            return self.layer(*arguments)[0].mean(1)
+
+    model, x = Net(), torch.randn(5, 3, 4)
+    own_forward = vars(module).get("forward")
+    expected = model(x)
+    kfac = KFAC(model, KFACConfig())
+    with kfac.record():
+        logits = model(x)
+    torch.testing.assert_close(logits, expected)
+    assert vars(module).get("forward") is own_forward
+    kfac.update(logits, "gaussian")
+    logits.square().sum().backward()
+    kfac.precondition()
+    assert any(reason in row.reason for row in kfac.report())
+
+
+def test_modules_that_are_excluded_are_not_unrolled():
+    model = Attending(True)
+    kfac = KFAC(model, KFACConfig(exclude=("recurrent",)))
+    with kfac.record():
+        assert "forward" not in vars(model.recurrent)
+        assert "forward" in vars(model.attention)
+        model(torch.randn(2, 3, 4))
+    assert "forward" not in vars(model.attention)
+
+
+def test_a_recurrent_layer_that_is_called_later_becomes_a_layer_then():
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head, self.used = (
+                nn.GRU(3, 3, batch_first=True),
+                nn.Linear(3, 2),
+                False,
+            )
+
+        def forward(self, x):
+            return self.head((self.layer(x)[0] if self.used else x).mean(1))
+
+    model = Late()
+    kfac = KFAC(model, KFACConfig(factor_update_steps=1, inverse_update_steps=1, factor_decay=0.5))
+    for step in range(5):
+        model.used = step >= 2
+        model.zero_grad()
+        with kfac.record():
+            logits = model(torch.randn(4, 5, 3))
+        kfac.update(logits, "categorical")
+        logits.square().sum().backward()
+        kfac.precondition()
+    assert kfac.failures == {"statistics": 0, "inverse": 0, "memory": 0}
+    rows = {row.name: row.preconditioner for row in kfac.report()}
+    assert rows["layer.weight_ih_l0"] == "K-FAC-expand"

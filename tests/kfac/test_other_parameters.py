@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from ggn import exact_ggn
+from ggn import exact_ggn, loss_hessian
 from nets import Mean, SpatialMean
 from torch import nn
 
-from submission.kfac import Categorical, curvature
+from submission.kfac import KFAC, Categorical, KFACConfig, curvature
 
 
 def check_unitwise(model, layer, x, class_dim=-1):
@@ -119,3 +119,187 @@ def test_diagonal_of_parameters_outside_layers_is_unbiased_with_samples(name):
     truth = exact_diagonal(model, name, x)
     # A squared sum of about Gaussian gradients has a relative standard deviation of √2.
     assert (block.diagonal / truth - 1).abs().max() < 5 * (2 / samples) ** 0.5
+
+
+class Table(nn.Module):
+    """A table of embeddings as a bare parameter, as in some recommendation models."""
+
+    def __init__(self, rows=50, features=4):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(rows, features))
+        self.head = nn.Linear(features, 3)
+
+    def forward(self, index):
+        return self.head(self.table[index])
+
+
+@pytest.mark.parametrize("fisher_type", ["type-2", "mc", "empirical"])
+def test_a_large_parameter_keeps_the_mean_of_its_diagonal_in_each_row(fisher_type):
+    model, index, targets = Table(), torch.arange(0, 20), torch.randint(3, (20,))
+
+    def table(side):
+        found = curvature(
+            model, index, likelihood="categorical", kfac_approx="expand", fisher_type=fisher_type,
+            targets=targets, max_factor_side=side,
+        )  # fmt: skip
+        return found["table"].diagonal
+
+    whole, by_row = table(100), table(10)
+    assert by_row.shape == whole.shape
+    expected = whole.mean(1, keepdim=True).expand_as(whole)
+    torch.testing.assert_close(by_row, expected, rtol=1e-10, atol=0)
+    assert (by_row[20:] == 0).all()
+
+
+def test_a_large_parameter_is_preconditioned_and_resumed_by_row():
+    torch.manual_seed(1)
+    model, index = Table(), torch.arange(0, 20)
+    settings = KFACConfig(damping=0.1, max_factor_side=10, factor_decay=0.5, early_updates=False)
+    kfac = KFAC(model, settings)
+    with kfac.record():
+        logits = model(index)
+    kfac.update(logits, "categorical")
+    logits.square().sum().backward()
+    gradient = model.table.grad.clone()
+    kfac.precondition()
+    assert kfac.state_dict()["averages"]["table"]["F"].shape == (50, 1)
+    diagonal = kfac.curvature()["table"].diagonal
+    torch.testing.assert_close(model.table.grad, gradient / (diagonal + 0.1))
+    row = next(row for row in kfac.report() if row.name == "table")
+    assert row.preconditioner == "diagonal, by row"
+    again = KFAC(model, settings)
+    again.load_state_dict(kfac.state_dict())
+    model.table.grad = gradient.clone()
+    again.precondition()
+    torch.testing.assert_close(model.table.grad, gradient / (diagonal + 0.1))
+
+
+# ---- parameters that are used besides their layer's calls, and complex ones ---------------------
+
+
+class HandTied(nn.Module):
+    """An embedding whose weight is multiplied with by hand for the logits, as in some GPTs."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.middle = nn.Embedding(6, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.middle(self.embedding(x)) @ self.embedding.weight.T
+
+
+class CalledByHand(nn.Module):
+    """A layer that is called as a module and besides through its forward method."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.middle = nn.Embedding(6, 3), nn.Linear(3, 6)
+
+    def forward(self, x):
+        h = self.embedding(x)
+        return self.middle.forward(h) + 0.5 * self.middle(h)
+
+
+class Force(nn.Module):
+    """The gradient of an energy with respect to positions, as in interatomic potentials."""
+
+    def __init__(self):
+        super().__init__()
+        self.middle, self.embedding = nn.Linear(3, 4), nn.Embedding(6, 3)
+
+    def forward(self, x):
+        h = self.embedding(x)
+        energy = self.middle(h).tanh().sum()
+        (force,) = torch.autograd.grad(energy, h, create_graph=True)
+        return force
+
+
+@pytest.mark.parametrize(
+    ("model_class", "layer"),
+    [(HandTied, "embedding"), (CalledByHand, "middle"), (Force, "middle")],
+    ids=["hand tied", "called by hand", "gradient as output"],
+)
+def test_a_weight_with_other_uses_has_the_diagonal_of_all_of_them(model_class, layer, caplog):
+    model, x, name = model_class(), torch.randint(6, (4, 1)), f"{layer}.weight"
+    found = curvature(
+        model, x, likelihood="categorical", kfac_approx="expand", fisher_type="type-2"
+    )
+    assert layer not in found
+    logits, weight = model(x), model.get_parameter(name)
+    jacobian = torch.stack([
+        torch.autograd.grad(value, weight, retain_graph=True)[0].flatten()
+        for value in logits.flatten()
+    ])  # fmt: skip
+    targets = torch.zeros(4, dtype=int)
+    hessian = loss_hessian(logits, lambda f: F.cross_entropy(f.flatten(0, -2), targets))
+    truth = (jacobian.T @ hessian @ jacobian).diagonal()
+    torch.testing.assert_close(found[name].diagonal.flatten(), truth, rtol=1e-10, atol=1e-14)
+    kfac = KFAC(model, KFACConfig(fisher_type="type-2"))
+    for _ in range(2):
+        with kfac.record():
+            logits = model(x)
+        kfac.update(logits, "categorical")
+        logits.square().sum().backward()
+        kfac.precondition()
+    rows = {row.name: row for row in kfac.report()}
+    assert rows[name].preconditioner == "diagonal"
+    assert rows[name].reason
+    assert layer in caplog.text
+
+
+def test_a_complex_parameter_keeps_its_imaginary_gradient():
+    class Spectral(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(4, dtype=torch.complex128))
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head((torch.fft.fft(x) * self.scale).real)
+
+    model, x = Spectral(), torch.randn(6, 4)
+    settings = KFACConfig(fisher_type="type-2", damping=0.1)
+    kfac = KFAC(model, settings)
+    with kfac.record():
+        logits = model(x)
+    kfac.update(logits, "gaussian")
+    logits.square().sum().backward()
+    plain = torch.view_as_real(model.scale.grad).clone()
+    kfac.precondition()
+    diagonal = kfac.curvature()["scale"].diagonal
+    assert diagonal.shape == (4, 2)
+    # The same with two real parameters.
+    parts = torch.view_as_real(model.scale.detach()).clone().requires_grad_()
+    spectrum = torch.fft.fft(x) * torch.view_as_complex(parts)
+    logits = model.head(spectrum.real)
+    root = logits.new_full((), 2**0.5)  # Gaussian(): the Hessian is 2 for each of N·3 terms
+    squares = sum(
+        (root * torch.autograd.grad(value, parts, retain_graph=True)[0]).square()
+        for value in logits.flatten()
+    )
+    torch.testing.assert_close(diagonal, squares / logits.numel())
+    torch.testing.assert_close(torch.view_as_real(model.scale.grad), plain / (diagonal + 0.1))
+    adam = KFAC(model, KFACConfig(direction="eigenbasis_adam", damping_kind="exact"))
+    with adam.record():
+        logits = model(x)
+    adam.update(logits, "gaussian")
+    model.scale.grad = torch.view_as_complex(plain.clone())
+    adam.precondition()
+    look_ahead = 1.9  # (β (1 - β) + 1 - β) / (1 - β) in the first step
+    update = torch.view_as_real(model.scale.grad)
+    torch.testing.assert_close(update, look_ahead * plain.sign(), rtol=0, atol=1e-5)
+
+
+def test_sparse_gradients_are_left_as_they_are_and_the_report_says_so():
+    model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2))
+    kfac = KFAC(model, KFACConfig())
+    with kfac.record():
+        logits = model(torch.tensor([1, 1, 2, 3]))
+    kfac.update(logits, "gaussian")
+    logits.square().mean().backward()
+    before = model[0].weight.grad.to_dense().clone()
+    kfac.precondition()
+    torch.testing.assert_close(model[0].weight.grad.to_dense(), before)
+    row = next(row for row in kfac.report() if row.name == "0.weight")
+    assert (row.preconditioner, row.memory) == ("raw gradient", 0)
+    assert "sparse" in row.reason

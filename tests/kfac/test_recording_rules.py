@@ -443,3 +443,97 @@ def test_when_memory_runs_out_the_old_factors_stay_and_fewer_rows_are_used(
         kfac.curvature()["0"].gradient_covariance, half.curvature()["0"].gradient_covariance
     )
     assert kfac.state_dict()["examples_share"] == 0.5
+
+
+def test_inputs_may_come_by_any_keyword():
+    class Keywords(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.layer = nn.RMSNorm(4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.layer(input=self.norm(x=x))
+
+    model = Keywords()
+    kfac = KFAC(model, config())
+    step(model, kfac, torch.randn(3, 4))
+    assert kfac.curvature().keys() == {"norm", "layer"}
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+def test_examples_without_positions_give_zeros(kfac_approx):
+    model = nn.Sequential(nn.Linear(1, 2), Mean())
+    model[1].forward = lambda x: x.sum(1)
+    found = kronecker_factors(
+        model, torch.randn(3, 0, 1), likelihood="gaussian", kfac_approx=kfac_approx,
+        fisher_type="type-2",
+    )  # fmt: skip
+    assert all(not block.gradient_covariance.any() for block in found.values())
+
+
+# ---- rows of the logits that are not the examples of the layers ---------------------------------
+
+
+class Mixing(nn.Module):
+    """Positions of an example interact; outputs for each, in one of several layouts."""
+
+    def __init__(self, layout):
+        super().__init__()
+        self.inner, self.outer, self.layout = nn.Linear(4, 4), nn.Linear(4, 3), layout
+
+    def forward(self, x):
+        h = self.inner(x).tanh()
+        h = h + h.mean(1, keepdim=True).square()
+        return self.layout(self.outer(h))
+
+
+LAYOUTS = {
+    "positions first": (lambda y: y.transpose(0, 1), Categorical()),
+    "folded": (lambda y: y.flatten(0, 1), Categorical()),
+    "classes first": (lambda y: y.permute(2, 0, 1), Categorical(class_dim=0)),
+    "classes second": (lambda y: y.transpose(1, 2), Categorical(class_dim=1)),
+}
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_the_layout_of_the_logits_does_not_matter_to_the_exact_ggn(layout, kfac_approx):
+    reshape, likelihood = LAYOUTS[layout]
+    plain, other = Mixing(lambda y: y), Mixing(reshape)
+    plain.bare = nn.Parameter(torch.zeros(3))
+    other.bare = plain.bare
+    other.load_state_dict(plain.state_dict())
+    for model in (plain, other):
+        model.outer.register_forward_hook(lambda m, i, y: y + plain.bare)
+    x = torch.randn(5, 7, 4)
+    options = {"kfac_approx": kfac_approx, "fisher_type": "type-2"}
+    expected = curvature(plain, x, likelihood="categorical", **options)
+    found = curvature(other, x, likelihood=likelihood, **options)
+    for name, block in expected.items():
+        a, b = (
+            (f.to_dense() if hasattr(f, "to_dense") else f.diagonal) for f in (found[name], block)
+        )
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+def test_outputs_of_nodes_that_interact_agree_with_samples(kfac_approx):
+    sizes = torch.tensor([3, 2, 4])
+    mixing = torch.block_diag(*[torch.ones(n, n) / n for n in sizes.tolist()])
+
+    class Nodes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer = nn.Linear(3, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.outer(mixing @ self.inner(x).tanh())
+
+    model, x = Nodes(), torch.randn(9, 3)
+    options = {"likelihood": "categorical", "kfac_approx": kfac_approx,
+               "sharing": Segments.from_sizes(sizes)}  # fmt: skip
+    exact = kronecker_factors(model, x, fisher_type="type-2", **options)
+    sampled = kronecker_factors(model, x, fisher_type="mc", mc_samples=4000, **options)
+    for name, block in exact.items():
+        difference = block.gradient_covariance - sampled[name].gradient_covariance
+        assert difference.norm() < 0.1 * block.gradient_covariance.norm()

@@ -105,3 +105,61 @@ def test_pooled_graphs_are_in_the_reduce_setting():
         model, torch.randn(5, 4), likelihood="gaussian", kfac_approx="auto", sharing=rows
     )
     assert auto["inner"].input_covariance.shape == (5, 5)
+
+
+@pytest.mark.parametrize(
+    "sharing",
+    [Segments.from_sizes(torch.tensor([2, 3])), {"": Segments.from_sizes(torch.tensor([2, 3]))}],
+    ids=["segments", "mapping"],
+)
+def test_outputs_for_the_rows_of_segments_are_the_expand_setting(sharing):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    kfac = KFAC(model, KFACConfig("auto", fisher_type="type-2"))
+    with kfac.record(sharing):
+        logits = model(torch.randn(5, 3))
+    kfac.update(logits, "categorical")
+    assert {row.preconditioner for row in kfac.report()} == {"K-FAC-expand"}
+
+
+def test_positions_folded_into_the_outputs_are_the_expand_setting():
+    class Folded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 4)
+
+        def forward(self, x):
+            return self.layer(x).flatten(0, 1)
+
+    model, x = Folded(), torch.randn(5, 7, 3)
+    kfac = KFAC(model, KFACConfig("auto"))
+    with kfac.record():
+        logits = model(x)
+    kfac.update(logits, "categorical")
+    assert kfac.report()[0].preconditioner == "K-FAC-expand"
+    options = {"likelihood": "categorical", "fisher_type": "type-2"}
+    found, expected = (
+        kronecker_factors(model, x, kfac_approx=approx, **options) for approx in ("auto", "expand")
+    )
+    torch.testing.assert_close(
+        found["layer"].gradient_covariance, expected["layer"].gradient_covariance
+    )
+
+
+def test_positions_folded_into_examples_are_warned_of(caplog):
+    class Folding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            h = self.inner(x.flatten(0, 1)).tanh()
+            return self.outer(h.unflatten(0, x.shape[:2]).mean(1))
+
+    model = Folding()
+    for approx, warned in (("expand", False), ("reduce", True)):
+        caplog.clear()
+        kfac = KFAC(model, KFACConfig(approx))
+        with kfac.record():
+            logits = model(torch.randn(5, 7, 3))
+        kfac.update(logits, "categorical")
+        assert ("inner: 35" in caplog.text) is warned

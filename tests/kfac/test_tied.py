@@ -123,3 +123,84 @@ def test_partly_shared_parameters_fall_back_to_the_diagonal_and_say_so():
     reasons = {row.name: row.reason for row in kfac.report() if row.reason}
     assert set(reasons) == {"left.weight", "left.bias", "right.bias"}
     assert all("shared with another module" in reason for reason in reasons.values())
+
+
+class Convolutions(nn.Module):
+    """A convolution and another one that hold the same weight; only some are called."""
+
+    def __init__(self, first, second, called):
+        super().__init__()
+        self.first, self.second, self.called = first, second, called
+        second.weight = first.weight
+        if first.bias is not None:
+            second.bias = first.bias
+
+    def forward(self, x):
+        return self.called(self, x).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (nn.Conv1d(2, 2, 3, padding=1, bias=False), nn.ConvTranspose1d(2, 2, 3, bias=False)),
+        (nn.Conv1d(4, 2, 3, bias=False), nn.Conv1d(8, 2, 3, groups=2, bias=False)),
+    ],
+    ids=["transposed", "groups"],
+)
+def test_a_weight_that_is_another_matrix_elsewhere_is_no_common_layer(first, second):
+    model = Convolutions(first, second, lambda m, x: m.first(x))
+    rows = KFAC(model, KFACConfig()).report()
+    assert [row.preconditioner for row in rows] == ["diagonal"]
+    assert "shared with another module" in rows[0].reason
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+def test_every_call_of_a_shared_layer_has_its_own_output_size(kfac_approx):
+    def longer(layer, x):
+        return layer(x, output_size=[2 * x.shape[-1] + 1])
+
+    layers = [nn.ConvTranspose1d(2, 3, 2, stride=2) for _ in range(2)]
+    shared = Convolutions(*layers, lambda m, x: longer(m.second, x))
+    single = Convolutions(layers[0], nn.Module(), lambda m, x: longer(m.first, x))
+    single.second.weight = single.second.bias = None
+    x = torch.randn(4, 2, 3)
+    options = {"likelihood": "gaussian", "kfac_approx": kfac_approx, "fisher_type": "type-2"}
+    found, expected = (kronecker_factors(m, x, **options)["first"] for m in (shared, single))
+    assert relative_error(found.to_dense(), expected.to_dense()) < 1e-12
+
+
+@pytest.mark.parametrize("kwargs", [{"sparse": True}, {"scale_grad_by_freq": True}])
+def test_shared_embeddings_are_handled_only_where_one_alone_is(kwargs):
+    model = nn.ModuleList([nn.Embedding(5, 3, **kwargs) for _ in range(2)])
+    model[1].weight = model[0].weight
+    (row,) = KFAC(model, KFACConfig()).report()
+    assert not row.preconditioner.startswith("K-FAC")
+    assert row.reason
+
+
+class PaddedLanguage(nn.Module):
+    """Tied weights; the output layer sees constants, so that only its factor A counts."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.embedding = nn.Embedding(6, 3, padding_idx=0)
+        self.middle, self.head = nn.Linear(3, 3), nn.Linear(3, 6, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, x):
+        zeros = torch.zeros(*x.shape, 3)
+        return self.middle(self.embedding(x)) + 0 * self.head(zeros)[..., :3]
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+def test_padding_counts_in_a_tied_embedding_as_in_one_alone(kfac_approx):
+    x = torch.randint(0, 3, (50, 2))
+    tied, untied = PaddedLanguage(True), PaddedLanguage(False)
+    untied.load_state_dict(tied.state_dict())
+    options = {"kfac_approx": kfac_approx, "fisher_type": "type-2", "likelihood": "gaussian"}
+    traces = [
+        curvature(model, x, **options)[name].to_dense().trace()
+        for model, name in ((tied, "head"), (untied, "embedding"))
+    ]
+    torch.testing.assert_close(*traces, rtol=1e-10, atol=0)

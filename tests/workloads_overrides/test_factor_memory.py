@@ -23,8 +23,6 @@ PARAMETERS = {
     "librispeech_conformer": 32_321_792, "librispeech_deepspeech": 18_393_600,
     "criteo1tb": 539_267_457,
 }  # fmt: skip
-# A table of half a billion entries: its diagonal alone is over the budget. See docs/rules.md.
-TOO_LARGE = {"criteo1tb"}
 
 
 class Everything(nn.Module):
@@ -69,7 +67,7 @@ def test_every_base_workload_is_recorded_with_its_parameters():
 
 
 @pytest.mark.parametrize("approx", ["expand", "reduce"])
-@pytest.mark.parametrize("workload", sorted(set(PARAMETERS) - TOO_LARGE))
+@pytest.mark.parametrize("workload", sorted(PARAMETERS))
 def test_factors_fit_a_v100_beside_everything_else(workload, approx):
     memory = memory_of(workload, KFACConfig(kfac_approx=approx))
     assert 0 < memory.factors <= memory.budget
@@ -79,7 +77,9 @@ def test_the_table_of_millions_of_rows_has_no_dense_factor():
     memory = memory_of("criteo1tb", KFACConfig())
     tables = [row for row in memory.rows if row.parameters > 10**8]
     assert len(tables) == 4
-    assert all(row.memory == 2 * 4 * row.parameters for row in tables)
+    # A value for each row, in the average and in the inverse.
+    assert all(row.memory == 2 * 4 * row.parameters / 128 for row in tables)
+    assert memory.fits
 
 
 def test_a_lower_limit_of_the_sides_takes_less():
