@@ -108,6 +108,10 @@ reason() {
   fi
 }
 
+require_writable() {
+  [[ -n "$LOG" ]] || die "cannot write into $ROOT: copy the project to a folder you own"
+}
+
 check_disk() {
   local free
   free="$(df -Pk -- "$(dirname -- "$1")" | awk 'NR == 2 { print $4 }')"
@@ -131,9 +135,11 @@ install() {
 
 # locked COMMAND...: keeps a second set-up out until this one has ended.
 locked() {
-  mkdir -p -- "$CACHE" 2>/dev/null || die "cannot write into $ROOT: copy the project to a folder you own"
   LOG="$CACHE/setup.log"
-  if command -v flock >/dev/null; then
+  if ! { mkdir -p -- "$CACHE" && : >>"$CACHE/setup.lock"; } 2>/dev/null; then
+    LOG="" # enough where everything is set up already
+    "$@"
+  elif command -v flock >/dev/null; then
     exec 9>"$CACHE/setup.lock"
     flock -n 9 || { echo "another set-up is running; waiting for it" >&2; flock 9; }
     "$@"
@@ -148,6 +154,7 @@ setup_quickstart() {
   local want
   want="$(stamp "$ROOT/requirements/quickstart.txt" "$ROOT/requirements/no-deps.txt")"
   [[ "$(cat -- "$VENV/.stamp-quickstart" 2>/dev/null)" != "$want" || -f "$VENV/.installing" ]] || return 0
+  require_writable
   check_disk "$VENV"
   echo "setting up Python packages in $VENV (a minute or two, once)" >&2
   make_venv "$VENV"
@@ -167,6 +174,7 @@ setup_more() {
   setup_quickstart
   want="$(stamp "$ROOT/requirements/$name.txt")"
   [[ "$(cat -- "$VENV/.stamp-$name" 2>/dev/null)" != "$want" ]] || return 0
+  require_writable
   echo "setting up requirements/$name.txt in $VENV" >&2
   touch "$VENV/.installing"
   : >"$LOG"
@@ -189,6 +197,7 @@ setup_algoperf() {
   local source="$1" clone="$CACHE/algoperf" want
   want="$ALGOPERF_COMMIT $(stamp "$ROOT/requirements/algoperf.txt")"
   [[ "$(cat -- "$ALGOPERF_VENV/.stamp-algoperf" 2>/dev/null)" != "$want" ]] || return 0
+  require_writable
   command -v git >/dev/null || die "git is needed to get AlgoPerf: install it"
   if [[ "$(git -C "$clone" rev-parse HEAD 2>/dev/null)" != "$ALGOPERF_COMMIT" ]]; then
     echo "getting AlgoPerf ${ALGOPERF_COMMIT:0:8} from $source" >&2
@@ -315,7 +324,7 @@ cmd_algoperf() {
     fi
   fi
   local nproc="${NPROC:-1}"
-  [[ "$nproc" =~ ^[1-9][0-9]*$ ]] || die "NPROC=$nproc is no number of processes: give 1 or more"
+  [[ "$nproc" =~ ^[1-9][0-9]{0,3}$ ]] || die "NPROC=${nproc:0:20} is no number of processes: give 1 to 9999"
   cd -- "$ROOT"
   if ((nproc > 1)); then
     run exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc" \
@@ -367,6 +376,10 @@ cmd_memory() {
   run exec "$VENV/bin/python" -m workloads_overrides.factor_memory "$@"
 }
 
+absolute() {
+  [[ "$1" == /* ]] && echo "$1" || echo "$PWD/$1"
+}
+
 cmd_docker() {
   if asks_help "$@" || (($# == 0)); then
     cat <<'END'
@@ -378,7 +391,7 @@ all GPUs, the data of DATA_DIR (default ./data) at /data, and results in RUNS_DI
 END
     return
   fi
-  local action="$1" image="${IMAGE:-kfac-algoperf}" name
+  local action="$1" image="${IMAGE:-kfac-algoperf}" name data runs
   local -a wandb=()
   shift
   case "$action" in
@@ -386,8 +399,12 @@ END
     run)
       (($#)) || die "docker run needs a command, for example: ./run.sh docker run algoperf --help"
       for name in $(compgen -e WANDB_ || true); do wandb+=(--env "$name"); done
+      # A relative path would name one of Docker's own volumes; a missing one would belong to root.
+      data="$(absolute "${DATA_DIR:-$ROOT/data}")" runs="$(absolute "${RUNS_DIR:-$ROOT/runs}")"
+      [[ -d "$data" ]] || "$DRY_RUN" || die "DATA_DIR=$data: no such folder"
+      run mkdir -p -- "$runs"
       run docker run --rm --init --gpus all --ipc=host --env NPROC "${wandb[@]}" \
-        --volume "${DATA_DIR:-$ROOT/data}:/data" --volume "${RUNS_DIR:-$ROOT/runs}:/runs" \
+        --volume "$data:/data" --volume "$runs:/runs" \
         "$image" "$@"
       ;;
     *) die "docker knows build and run, not '$action'" ;;

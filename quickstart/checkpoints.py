@@ -121,13 +121,13 @@ def _apply(
             if key not in saved:
                 raise KeyError(f"it has no optimizer state {key!r}")
             value.load_state_dict(saved[key])
-    except (KeyError, RuntimeError, ValueError, AttributeError) as error:
+        _set_generator_states(content["generators"])
+    except (KeyError, RuntimeError, ValueError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise QuickstartError(
             f"{path} was made with another model or submission ({reason}): use the same settings "
             "as the run had, or start again with --overwrite"
         ) from error
-    _set_generator_states(content["generators"])
 
 
 def _generator_states() -> dict[str, Any]:

@@ -23,6 +23,7 @@ from absl import flags
 
 from quickstart import run_logs, search_space, submissions
 from quickstart.base_workload import QuickstartWorkload
+from quickstart.checkpoints import list_checkpoints
 from quickstart.errors import QuickstartError, explain_os_error, run_reporting_errors
 from quickstart.reporting import choose_reporter
 from quickstart.training import InterruptedRunError, RunSettings, TrainingRun
@@ -220,9 +221,16 @@ def read_record(trial: Path) -> dict[str, Any]:
     """The record of a trial that was begun, empty if there is none."""
     try:
         record: dict[str, Any] = json.loads((trial / run_logs.RUN_RECORD).read_text("utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError(f"it holds a {type(record).__name__}")
     except FileNotFoundError:
+        if list_checkpoints(trial):
+            raise QuickstartError(
+                f"{trial} has checkpoints, but {run_logs.RUN_RECORD}, which says what run they "
+                "belong to, is gone: begin anew with --overwrite"
+            ) from None
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise QuickstartError(
             f"{trial / run_logs.RUN_RECORD} is damaged ({error}): begin anew with --overwrite"
         ) from error
@@ -262,8 +270,6 @@ def _terminate(*_: Any) -> None:
 
 
 def _explain_interruption(interruption: InterruptedRunError, trial: Path) -> int:
-    from quickstart.checkpoints import list_checkpoints
-
     saved = list_checkpoints(trial)
     if saved:
         step = saved[0].name.removeprefix("checkpoint_")

@@ -1,9 +1,11 @@
 """Tuning search spaces in AlgoPerf's JSON format: a list of points, or a space to draw from."""
 
 import collections
+import contextlib
 import json
 import keyword
 import math
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ def read_points(path: Path, num_trials: int, seed: int) -> list[Any]:
         raise QuickstartError(
             f"--tuning_search_space: cannot read {path} ({error.strerror}): give a JSON file"
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise QuickstartError(f"--tuning_search_space: {path} is not JSON ({error})") from error
     if isinstance(content, list):
         points = _check_points(content, path)[:num_trials]
@@ -78,15 +80,19 @@ def _place(description: Any, u: float, name: str, path: Path) -> Any:
     match description:
         case {"feasible_points": [_, *_] as values}:
             return values[int(u * len(values))]
-        case {"min": int() | float() as low, "max": int() | float() as high, "scaling": "linear"}:
-            return low + u * (high - low)
         case {
             "min": int() | float() as low,
             "max": int() | float() as high,
-            "scaling": "log",
-        } if low > 0 and high > 0:
-            return low * math.exp(u * math.log(high / low))
+            "scaling": "linear" | "log" as scaling,
+        }:
+            with contextlib.suppress(OverflowError):  # integers of hundreds of digits
+                low, high = float(low), float(high)
+                if scaling == "linear" and math.isfinite(high - low):
+                    return low + u * (high - low)
+                if scaling == "log" and low > 0 and math.isfinite(high / low) and high > 0:
+                    return low * math.exp(u * math.log(high / low))
     raise QuickstartError(
         f'{path}: {name} needs {{"feasible_points": [...]}} or {{"min": ..., "max": ..., '
-        f'"scaling": "linear" or "log"}} (positive limits for "log"), not {json.dumps(description)}'
+        '"scaling": "linear" or "log"} (finite; positive limits for "log"), not '
+        f"{reprlib.repr(description)}"
     )

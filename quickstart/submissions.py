@@ -46,8 +46,10 @@ def load(path: Path) -> Submission:
         raise QuickstartError(f"--submission_path: {path} is no Python file")
     try:
         module = _import(path)
-    except (ImportError, SyntaxError) as error:
-        raise QuickstartError(f"--submission_path: cannot import {path}: {error}") from error
+    except Exception as error:  # whatever the file does when it is imported
+        raise QuickstartError(
+            f"--submission_path: cannot import {path}: {type(error).__name__}: {error}"
+        ) from error
     missing = [name for name in _REQUIRED if not callable(getattr(module, name, None))]
     if missing:
         raise QuickstartError(

@@ -6,9 +6,11 @@ bit (generators, data position and log files are part of the checkpoint); an err
 evaluation ends the run.
 """
 
+import contextlib
 import random
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -184,18 +186,24 @@ class TrainingRun:
             return "time"
         return "submission" if stopped_by_submission else "steps"
 
-    def _init_optimizer_state(self, optimizer_rng: Any) -> dict[str, Any]:
+    @contextlib.contextmanager
+    def _submissions_errors(self, what: str) -> Iterator[None]:
+        """Turns an error of the submission into one line; its traceback goes into a file."""
         try:
+            yield
+        except QuickstartError:
+            raise
+        except Exception as error:
+            trace = self.folder / "error.txt"
+            trace.write_text(traceback.format_exc(), encoding="utf-8")
+            message = " ".join(str(error).split()) or type(error).__name__
+            raise QuickstartError(f"{what}: {message} (traceback: {trace})") from error
+
+    def _init_optimizer_state(self, optimizer_rng: Any) -> dict[str, Any]:
+        with self._submissions_errors("the submission rejects its hyperparameters"):
             state = self.submission.init_optimizer_state(
                 self.workload, self.model, self.model_state, self.hyperparameters, optimizer_rng
             )
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            trace = self.folder / "error.txt"
-            trace.write_text(traceback.format_exc(), encoding="utf-8")
-            message = " ".join(str(error).split())
-            raise QuickstartError(
-                f"the submission rejects its hyperparameters: {message} (traceback: {trace})"
-            ) from error
         unsaved = [key for key, value in state.items() if not hasattr(value, "load_state_dict")]
         if unsaved and self.settings.save_checkpoints:
             raise QuickstartError(
@@ -206,33 +214,34 @@ class TrainingRun:
         return dict(state)
 
     def _step(self, select_rng: Any, update_rng: Any) -> None:
-        batch = self.submission.data_selection(
-            self.workload,
-            self.queue,
-            self.optimizer_state,
-            self.model,
-            self.model_state,
-            self.hyperparameters,
-            self.global_step,
-            select_rng,
-        )
-        more = {}
-        if self.submission.needs_train_state:
-            more["train_state"] = MappingProxyType(self.train_state)
-        self.optimizer_state, self.model, self.model_state = self.submission.update_params(
-            workload=self.workload,
-            current_param_container=self.model,
-            current_params_types=self.workload.model_params_types,
-            model_state=self.model_state,
-            hyperparameters=self.hyperparameters,
-            batch=batch,
-            loss_type=self.workload.loss_type,
-            optimizer_state=self.optimizer_state,
-            eval_results=self.eval_results,
-            global_step=self.global_step,
-            rng=update_rng,
-            **more,
-        )
+        with self._submissions_errors(f"training ended at step {self.global_step}"):
+            batch = self.submission.data_selection(
+                self.workload,
+                self.queue,
+                self.optimizer_state,
+                self.model,
+                self.model_state,
+                self.hyperparameters,
+                self.global_step,
+                select_rng,
+            )
+            more = {}
+            if self.submission.needs_train_state:
+                more["train_state"] = MappingProxyType(self.train_state)
+            self.optimizer_state, self.model, self.model_state = self.submission.update_params(
+                workload=self.workload,
+                current_param_container=self.model,
+                current_params_types=self.workload.model_params_types,
+                model_state=self.model_state,
+                hyperparameters=self.hyperparameters,
+                batch=batch,
+                loss_type=self.workload.loss_type,
+                optimizer_state=self.optimizer_state,
+                eval_results=self.eval_results,
+                global_step=self.global_step,
+                rng=update_rng,
+                **more,
+            )
 
     def _prepare_for_eval(self, prepare_rng: Any) -> None:
         if self.submission.prepare_for_eval is None:

@@ -8,6 +8,7 @@ with the field, the value and what is allowed.
 from __future__ import annotations
 
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from .kfac import KFACConfig
-from .kfac.config import FALLBACKS, FISHER_TYPES, KFAC_APPROXES
+from .kfac.config import FALLBACKS, FISHER_TYPES, KFAC_APPROXES, SMALLEST_DAMPING
 from .kfac.damping import DAMPING_KINDS
 from .kfac.factors import RAGGED_SCALINGS
 from .optimizers import UPDATE_RULES
@@ -81,7 +82,7 @@ class Hyperparameters:
 
     kfac_approx: str = _tunable(choices=(*KFAC_APPROXES, "none"))
     update_rule: str = _tunable(choices=tuple(UPDATE_RULES))
-    learning_rate: float = _tunable(above=0)
+    learning_rate: float = _tunable(above=0, at_most=1e30)  # a float32
 
     beta1: float = _tunable(0.9, at_least=0, below=1)
     beta2: float = _tunable(0.999, at_least=0, below=1)
@@ -90,10 +91,10 @@ class Hyperparameters:
 
     schedule: str = _tunable("warmup_cosine", choices=tuple(SCHEDULES))
     training_steps: int | None = _tunable(None, at_least=1)
-    step_hint_factor: float = _tunable(1.0, above=0)
+    step_hint_factor: float = _tunable(1.0, above=0, at_most=1e3)
     warmup_steps: int | None = _tunable(None, at_least=0)
     warmup_fraction: float = _tunable(0.05, at_least=0, below=1)
-    schedule_factor: float = _tunable(1.0, above=0)
+    schedule_factor: float = _tunable(1.0, above=0, at_most=1e3)
     decay_steps_factor: float = _tunable(1.0, above=0, at_most=1)
     end_factor: float = _tunable(0.0, at_least=0, at_most=1)
 
@@ -102,8 +103,8 @@ class Hyperparameters:
     dropout_rate: float | None = _tunable(None, at_least=0, below=1)
 
     fisher_type: str = _tunable("mc", choices=FISHER_TYPES)
-    mc_samples: int = _tunable(1, at_least=1)
-    damping: float = _tunable(1e-3, above=0)
+    mc_samples: int = _tunable(1, at_least=1, at_most=1000)
+    damping: float = _tunable(1e-3, at_least=SMALLEST_DAMPING)
     damping_kind: str = _tunable("pi", choices=tuple(DAMPING_KINDS))
     relative_damping: bool = _tunable(False)
     eigenvalue_correction: bool = _tunable(False)
@@ -211,7 +212,8 @@ def _read(f: Field[Any], hint: Any, value: Any) -> Any:
     converted = _convert(kinds - {types.NoneType}, value)
     if converted is None or not _in_range(f, converted):
         raise HyperparameterError(
-            f"hyperparameter '{f.name}' is {value!r}; it must be {_allowed(f, Hyperparameters)}"
+            f"hyperparameter '{f.name}' is {reprlib.repr(value)}; it must be "
+            f"{_allowed(f, Hyperparameters)}"
         )
     return converted
 
@@ -224,7 +226,10 @@ def _convert(kinds: set[Any], value: Any) -> Any:
         return value if isinstance(value, str) else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    if not math.isfinite(value):
+    try:
+        if not math.isfinite(value):
+            return None
+    except OverflowError:  # an integer of hundreds of digits
         return None
     if int in kinds:  # search spaces sample floats: 10.0 is meant as 10
         return int(value) if float(value).is_integer() else None

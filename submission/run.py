@@ -22,7 +22,7 @@ logger.setLevel(logging.INFO)
 
 
 class BadStepsError(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not finite."""
+    """Too many steps in a row had a loss, gradient or update that is not finite."""
 
 
 class UnwrappedModelError(RuntimeError):
@@ -59,6 +59,7 @@ class Run:
         self.kinds_of_rows: dict[str, str] = {}
         self.skipped = 0
         self._skipped_in_a_row = 0
+        self._buffers: list[Tensor] = []
         self._reported = False
 
     def rewrapped(self, model: nn.Module) -> nn.Module:
@@ -83,22 +84,44 @@ class Run:
             "before init_optimizer_state."
         )
 
-    def accepts(self, loss: Tensor, grad_norm: Tensor, global_step: int) -> bool:
-        """Whether a step may be taken: loss and gradient are finite.
+    def remember_buffers(self, model: nn.Module) -> None:
+        """Copies the running statistics, before a forward pass changes them."""
+        buffers = [b for b in model.buffers() if not b.is_sparse]
+        if not buffers:
+            return
+        shapes = [(b.shape, b.dtype, b.device) for b in buffers]
+        if shapes != [(b.shape, b.dtype, b.device) for b in self._buffers]:
+            self._buffers = [torch.empty_like(b) for b in buffers]
+        torch._foreach_copy_(self._buffers, buffers)
+
+    def restore_buffers(self, model: nn.Module) -> None:
+        """Puts the running statistics back, after a forward pass that must not count."""
+        buffers = [b for b in model.buffers() if not b.is_sparse]
+        if buffers:
+            torch._foreach_copy_(buffers, self._buffers)
+
+    def accepts(
+        self, loss_is_finite: Tensor, grad_norm: Tensor, update_norm: Tensor, global_step: int
+    ) -> bool:
+        """Whether a step may be taken: loss, gradient and preconditioned gradient are finite.
+
+        All three are the same on all ranks, so that these decide alike.
 
         Raises:
             BadStepsError: `max_failures` steps in a row were not.
         """
-        if bool(torch.isfinite(loss.detach()) & torch.isfinite(grad_norm)):
+        if bool(loss_is_finite & torch.isfinite(grad_norm) & torch.isfinite(update_norm)):
             self._skipped_in_a_row = 0
             return True
         self.skipped += 1
         self._skipped_in_a_row += 1
-        logger.warning("step %d is skipped: its loss or gradient is not finite", global_step)
+        logger.warning(
+            "step %d is skipped: its loss, gradient or update is not finite", global_step
+        )
         if self._skipped_in_a_row >= self.settings.max_failures:
             raise BadStepsError(
-                f"{self._skipped_in_a_row} steps in a row had a loss or gradient that is not "
-                f"finite, the last at step {global_step}. Lower 'learning_rate' (now "
+                f"{self._skipped_in_a_row} steps in a row had a loss, gradient or update that is "
+                f"not finite, the last at step {global_step}. Lower 'learning_rate' (now "
                 f"{self.settings.learning_rate:g}) or raise 'damping' ({self.settings.damping:g})."
             )
         return False

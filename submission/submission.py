@@ -121,6 +121,7 @@ def update_params(
     start = time.perf_counter()
 
     model.train()
+    run.remember_buffers(model)
     optimizer.zero_grad(set_to_none=True)
 
     def forward(
@@ -140,7 +141,7 @@ def update_params(
         )
         return output, new_model_state
 
-    def mean_loss(output: Any) -> tuple[Tensor, Tensor]:
+    def mean_loss(output: Any) -> tuple[Tensor, Tensor, Tensor]:
         loss_dict = workload.loss_fn(
             label_batch=batch["targets"],
             logits_batch=output,
@@ -159,7 +160,7 @@ def update_params(
             output, new_model_state = forward(_uncompiled(model))
     else:
         output, new_model_state = forward(model)
-    loss, valid = mean_loss(output)
+    loss, valid, loss_is_finite = mean_loss(output)
     run.log.add("forward", time.perf_counter() - start)
 
     if kfac is not None and kfac.factors_due:
@@ -184,12 +185,14 @@ def update_params(
     learning_rate = settings.learning_rate * SCHEDULES[settings.schedule](global_step, run.shape)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    accepted = run.accepts(loss, grad_norm, global_step)
+    accepted = run.accepts(loss_is_finite, grad_norm, _gradient_norm(model), global_step)
     if accepted:
         optimizer.step()
+    else:
+        run.restore_buffers(model)
     if accepted and kfac is not None and trial is not None:
         with torch.no_grad(), _random_state_of(model, random_state), kept_buffers(model):
-            after, _ = mean_loss(forward(model, update_batch_norm=False)[0])
+            after, _, _ = mean_loss(forward(model, update_batch_norm=False)[0])
         kfac.end_trial(trial, _over_ranks(loss), _over_ranks(after))
     run.log.add("update", time.perf_counter() - update_start)
 
@@ -238,17 +241,20 @@ def data_selection(
     return batch
 
 
-def _global_mean(summed: Tensor, valid: Any) -> tuple[Tensor, Tensor]:
+def _global_mean(summed: Tensor, valid: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The loss whose gradient, averaged over ranks by DDP, is that of the mean over all ranks.
 
-    Also returns what it divides by: the number of valid examples on all ranks.
+    Also returns what it divides by, the number of valid examples on all ranks, and whether the sum
+    of losses is finite on all of them: ranks that judged by their own would drift apart.
     """
-    valid = torch.as_tensor(valid, device=summed.device, dtype=summed.dtype).clone()
+    valid = torch.as_tensor(valid, device=summed.device, dtype=summed.dtype)
+    bad = (~summed.detach().isfinite()).to(summed.dtype)
+    totals = torch.stack([valid, bad])
     ranks = world_size()
     if ranks > 1:
-        dist.all_reduce(valid)
-    valid = valid.clamp(min=1)
-    return summed * ranks / valid, valid
+        dist.all_reduce(totals)
+    valid = totals[0].clamp(min=1)
+    return summed * ranks / valid, valid, totals[1] == 0
 
 
 def _scaled(likelihood: Likelihood, terms: Tensor, valid: Tensor) -> Likelihood:
@@ -290,11 +296,18 @@ def _random_state_of(model: nn.Module, states: list[Tensor] | None) -> Iterator[
         yield
 
 
-def _clip_gradient(model: nn.Module, largest_norm: float | None) -> Tensor:
-    """Scales the gradient down to the largest norm, if there is one; returns the norm before."""
+def _gradient_norm(model: nn.Module) -> Tensor:
+    """The norm of all gradients together."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    return norm
+
+
+def _clip_gradient(model: nn.Module, largest_norm: float | None) -> Tensor:
+    """Scales the gradient down to the largest norm, if there is one; returns the norm before."""
+    norm = _gradient_norm(model)
     if largest_norm is not None:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
         torch._foreach_mul_(gradients, (largest_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 

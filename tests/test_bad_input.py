@@ -16,11 +16,13 @@ from submission.hyperparameters import Hyperparameters
 ROOT = Path(__file__).parents[1]
 GOOD = {"kfac_approx": "reduce", "update_rule": "nadamw", "learning_rate": 1e-3}
 NAMES = [f.name for f in fields(Hyperparameters)]
-JUNK = ["", "x", "1e-3", -1, -0.5, float("nan"), float("inf"), [], [1], {}, {"a": 1}]
+HUGE = 10**400  # larger than any float
+JUNK = ["", "x", "1e-3", -1, -0.5, float("nan"), float("inf"), [], [1], {}, {"a": 1}, HUGE, 1e308]
 RANGES = [
     {}, {"min": 0}, {"min": 0, "max": 1, "scaling": "log"}, {"min": 2, "max": 1, "scaling": "log"},
     {"feasible_points": []}, {"feasible_points": 3}, {"min": "a", "max": "b", "scaling": "linear"},
     {"min": 1, "max": 2, "scaling": "cubic"}, 3, None, [], "x",
+    {"min": 1, "max": HUGE, "scaling": "linear"}, {"min": 1, "max": HUGE, "scaling": "log"},
 ]  # fmt: skip
 
 
@@ -36,7 +38,9 @@ def bad_file(draw):
         return json.dumps([{k: v for k, v in GOOD.items() if k != gone}])
     if kind == "text":
         text = json.dumps([GOOD])
-        return text[: draw.randrange(len(text))]
+        deep = "[" * 100_000
+        digits = '[{"learning_rate": ' + "1" * 5000 + "}]"
+        return draw.choice([text[: draw.randrange(len(text))], deep, digits])
     if kind == "shape":
         return json.dumps(draw.choice([[], {}, 1, "x", None, [1], [[]], [None], [{}], [GOOD, 3]]))
     if kind == "range":

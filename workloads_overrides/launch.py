@@ -160,8 +160,15 @@ def make_plan(options: argparse.Namespace, runner_argv: Sequence[str]) -> Plan:
         batch_size=options.batch_size,
         flags=flags,
         on_cpu=not torch.cuda.is_available(),
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        world_size=_world_size(),
     )
+
+
+def _world_size() -> int:
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or not 1 <= len(text) <= 6 or int(text) < 1:
+        raise LaunchError(f"WORLD_SIZE={text[:20]} is no number of processes (torchrun sets it)")
+    return int(text)
 
 
 def run(plan: Plan) -> None:

@@ -5,8 +5,10 @@ space only after it built the data set, and an existing run folder makes it wait
 the terminal. Here the same mistakes cost one line.
 """
 
+import contextlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +99,7 @@ def complete(argv: Sequence[str], working_directory: Path) -> RunnerFlags:
         submission = working_directory / str(flags.value("submission_path"))
         _check_search_space(Path(str(flags.value("tuning_search_space"))), submission)
     data_dir = Path(str(flags.value("data_dir"))).expanduser()
-    if not data_dir.is_dir():
+    if not os.path.isdir(data_dir):  # Path.is_dir raises for names that are too long
         raise LaunchError(f"--data_dir={data_dir}: no such folder; give the data set's folder")
     if str(flags.value("workload")).startswith("imagenet"):
         flags = flags.with_default("imagenet_v2_data_dir", str(_beside(data_dir)))
@@ -182,12 +184,10 @@ def _check_range(source: str, name: str, values: object) -> None:
         case {"feasible_points": [_, *_]}:
             return
         case {"min": int() | float() as low, "max": int() | float() as high, "scaling": scaling}:
-            if (
-                math.isfinite(high - low)
-                and low <= high
-                and (scaling == "linear" or (scaling == "log" and low > 0))
-            ):
-                return
+            with contextlib.suppress(OverflowError):  # integers of hundreds of digits
+                in_order = math.isfinite(float(high) - float(low)) and low <= high
+                if in_order and (scaling == "linear" or (scaling == "log" and low > 0)):
+                    return
     raise LaunchError(
         f'{source}: {name!r} needs {{"feasible_points": [...]}} or {{"min": ..., "max": ..., '
         '"scaling": "linear" or "log"}, with min <= max, and above 0 for "log"'

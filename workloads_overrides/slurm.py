@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from workloads_overrides.errors import LaunchError
+from workloads_overrides.points import require_valid_points
 from workloads_overrides.runner_flags import DEFAULTS, RunnerFlags
 from workloads_overrides.slurm_trial import Trial
 
@@ -203,8 +204,12 @@ def _check_quickstart(argv: Sequence[str]) -> RunnerFlags:
         options = runner.parse_flags(list(argv))
         if options.tuning_search_space is None:
             raise QuickstartError("--tuning_search_space must be given")
-        search_space.read_points(Path(options.tuning_search_space), options.num_tuning_trials, 1)
-    except QuickstartError as error:
+        path = Path(options.tuning_search_space)
+        points = search_space.read_points(path, options.num_tuning_trials, 1)
+        submission = Path(options.submission_path)
+        given = [point._asdict() for point in points]
+        require_valid_points(given, submission, f"--tuning_search_space={path}")
+    except (QuickstartError, LaunchError) as error:
         raise SlurmError(str(error)) from error
     return RunnerFlags(tuple(argv))
 
@@ -354,8 +359,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _processes(environment: Mapping[str, str]) -> int:
     text = environment.get("NPROC", "1")
-    if not re.fullmatch("[1-9][0-9]*", text):
-        raise SlurmError(f"NPROC={text} is no number of processes: give 1 or more")
+    if not re.fullmatch("[1-9][0-9]{0,3}", text):
+        raise SlurmError(f"NPROC={text[:20]} is no number of processes: give 1 to 9999")
     return int(text)
 
 

@@ -2,8 +2,8 @@
 
 Ours, Nesterov and NAdamW are described by tuning points of the submission. SOAP, Muon and Shampoo
 come unmodified from the package `pytorch_optimizer`; their points are arguments of its classes.
-Every method has eight points. Learning rates lie on one ladder of half decades, so that a setting
-can carry over from task to task as a distance on it.
+Every method has eight points. SOAP and Adam in the eigenbasis of K-FAC's factors, which are close
+relatives, have the same learning rates.
 
 Fixed for all: a linear warm-up over 5 % of the steps, then a linear decay to zero; no weight decay.
 Whatever is renewed at intervals (factors, inverses, bases, roots) is renewed every 10 steps.
@@ -174,7 +174,8 @@ def _kfac(name: str, label: str, point: Point, rates: list[float], second: Any) 
 
 
 _PLAIN = {"kfac_approx": "none"}
-_DECAYS = ("factor_decay", [0.9, 0.97])
+_RATES = [3e-3, 1e-2, 2e-2, 4e-2]
+_BETAS = ("beta2", [0.95, 0.99])
 _DAMPINGS = ("damping", [1e-4, 1e-3])
 
 METHODS: dict[str, Method] = {
@@ -195,7 +196,7 @@ METHODS: dict[str, Method] = {
         Method(
             "soap", "SOAP", "pytorch_optimizer",
             _grid({"precondition_frequency": INTERVAL},
-                  ("lr", [1e-3, 3e-3, 1e-2, 3e-2]), ("betas", [[0.9, 0.99], [0.95, 0.95]])),
+                  ("lr", [3e-3, 1e-2, 2e-2, 4e-2]), ("betas", [[0.9, 0.99], [0.95, 0.95]])),
             build_soap,
         ),
         Method(
@@ -221,9 +222,9 @@ METHODS: dict[str, Method] = {
         _kfac("kfac_reduce_nadamw", "K-FAC-reduce, NAdamW",
               kfac_point("reduce", "nadamw"), [1e-3, 3e-3, 1e-2, 3e-2], _DAMPINGS),
         _kfac("kfac_expand_eigenbasis", "K-FAC-expand, Adam in the eigenbasis",
-              kfac_point("expand", "eigenbasis_adam"), [1e-3, 3e-3, 1e-2, 3e-2], _DECAYS),
+              kfac_point("expand", "eigenbasis_adam", factor_decay=0.9), _RATES, _BETAS),
         _kfac("kfac_reduce_eigenbasis", "K-FAC-reduce, Adam in the eigenbasis",
-              kfac_point("reduce", "eigenbasis_adam"), [1e-3, 3e-3, 1e-2, 3e-2], _DECAYS),
+              kfac_point("reduce", "eigenbasis_adam", factor_decay=0.9), _RATES, _BETAS),
     )
 }  # fmt: skip
 

@@ -139,13 +139,9 @@ def carrying(tasks: Sequence[TaskLogs]) -> list[Table]:
             cells.append(
                 ("-" if slow is None else f"{slow:.2f}") + f", {found.loss[task.name]:.3f}"
             )
-        others = {
-            k: v for k, v in found.others.items() if k in ("damping", "beta2", "factor_decay")
-        }
-        text = ", ".join(f"{k} {v}" for k, v in others.items())
-        rows.append(
-            (f"{METHODS[found.method].label}, {found.multiple:.2g} x NAdamW's rate, {text}", *cells)
-        )
+        shown = ("learning_rate", "damping", "beta2", "factor_decay")
+        text = ", ".join(f"{k} {found.point[k]}" for k in shown if k in found.point)
+        rows.append((f"{METHODS[found.method].label}, {text}", *cells))
     name = "One setting for all tasks, tuning runs: steps to NAdamW's best over the fewest of ours"
     return [Table(name, header, tuple(rows))] if rows else []
 

@@ -10,8 +10,6 @@ from experiments.optimizers.methods import METHODS, Point, point_key
 from experiments.optimizers.study import TUNING_SEED, best_of
 from experiments.tables import mean_and_error
 
-RATE_NAMES = ("learning_rate", "lr")
-
 
 @dataclass(frozen=True)
 class TaskLogs:
@@ -113,23 +111,12 @@ def best_values(runs: Sequence[Log]) -> list[float]:
     return [log.best for log in runs if log.best is not None]
 
 
-def rate_of(point: Point) -> float:
-    """The learning rate of a point."""
-    return float(next(point[name] for name in RATE_NAMES if name in point))
-
-
-def without_rate(point: Point) -> dict[str, object]:
-    """All of a point but its learning rate."""
-    return {name: value for name, value in point.items() if name not in RATE_NAMES}
-
-
 @dataclass(frozen=True)
 class Carried:
-    """One setting on every task: the learning rate as a multiple of NAdamW's own best."""
+    """One point on every task, all fixed."""
 
     method: str
-    multiple: float
-    others: Mapping[str, object]
+    point: Point
     slowdown: Mapping[str, float | None]
     loss: Mapping[str, float]
 
@@ -145,22 +132,18 @@ def carried_over(tasks: Sequence[TaskLogs], methods: Sequence[str]) -> list[Carr
     `slowdown` is its steps to what tuned NAdamW reaches in tuning, as a multiple of the fewest of
     all settings of all these methods; `loss` how far its best metric is behind theirs.
     """
-    per_task: list[dict[str, tuple[str, float, dict[str, object], Log]]] = []
+    per_task: list[dict[tuple[str, str], Log]] = []
     fewest: dict[str, float | None] = {}
     top: dict[str, float] = {}
     for task in tasks:
-        rate = rate_of(task.chosen("nadamw").run.point)
-        settings = {}
-        for method in methods:
-            for log in task.tuning.get(method, ()):
-                multiple = 10 ** (round(2 * _log10(rate_of(log.run.point) / rate)) / 2)
-                others = without_rate(log.run.point)
-                settings[f"{method} {multiple:.2g} {point_key(others)}"] = (
-                    method, multiple, others, log
-                )  # fmt: skip
+        settings = {
+            (method, point_key(log.run.point)): log
+            for method in methods
+            for log in task.tuning.get(method, ())
+        }
         per_task.append(settings)
         target = task.chosen("nadamw").best
-        all_logs = [entry[3] for entry in settings.values()]
+        all_logs = list(settings.values())
         hits = [log.first_at(target) for log in all_logs] if target is not None else []
         fewest[task.name] = min((hit.step for hit in hits if hit is not None), default=None)
         top[task.name] = max((log.score for log in all_logs), default=float("-inf"))
@@ -168,18 +151,11 @@ def carried_over(tasks: Sequence[TaskLogs], methods: Sequence[str]) -> list[Carr
     for key in [k for k in (per_task[0] if per_task else {}) if all(k in s for s in per_task)]:
         slowdown: dict[str, float | None] = {}
         loss: dict[str, float] = {}
-        method, multiple, others, _ = per_task[0][key]
         for task, settings in zip(tasks, per_task, strict=True):
-            log, least = settings[key][3], fewest[task.name]
+            log, least = settings[key], fewest[task.name]
             target = task.chosen("nadamw").best
             hit = None if target is None else log.first_at(target)
             slowdown[task.name] = None if hit is None or not least else hit.step / least
             loss[task.name] = top[task.name] - log.score
-        found.append(Carried(method, multiple, others, slowdown, loss))
+        found.append(Carried(key[0], per_task[0][key].run.point, slowdown, loss))
     return sorted(found, key=lambda c: (c.worst, sum(c.loss.values())))
-
-
-def _log10(value: float) -> float:
-    import math
-
-    return math.log10(value)

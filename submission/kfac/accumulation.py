@@ -50,11 +50,11 @@ class Accumulated:
         """Gives every part its sums, zeros where there are none, and drops all others.
 
         So all ranks have the same. The calls of the watched become a tensor. After memory ran out
-        the number of terms is NaN: no rank will use the sum over ranks.
+        the number of terms is minus infinity: no rank will use the sum over ranks, and all know.
         """
         if self.out_of_memory is not None:
             self.sums.clear()
-            self.terms = torch.full_like(self.terms, torch.nan) if self.terms is not None else None
+            self.terms = None if self.terms is None else torch.full_like(self.terms, -torch.inf)
         self.watched = [part.name for part in watched]
         assert self.terms is not None
         counts = [float(self.calls.get(name, 0)) for name in self.watched]
@@ -72,6 +72,10 @@ class Accumulated:
         ]
         pairs += [(self.terms, False), (self.watched_calls, False)]
         return [tensor for tensor, _ in pairs], [mark for _, mark in pairs]
+
+    def is_out_of_memory_on_a_rank(self) -> bool:
+        """Whether memory ran out on any rank, once the sums have been added up over them."""
+        return self.terms is not None and bool(self.terms == -torch.inf)
 
     def newly_called(self) -> list[str]:
         """Names of the watched that were called, on any rank."""

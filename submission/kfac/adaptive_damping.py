@@ -16,12 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .config import SMALLEST_DAMPING
 from .curvature import factor_of, unitwise_blocks
 from .gradients import canonical
 from .inverses import Inverse, strength_of
 from .statistics import KroneckerPart, Part, Sums, UnitwisePart, statistics_dtype
 
 OMEGA = 19 / 20  # per step between two adaptations
+LARGEST_DAMPING = 1 / SMALLEST_DAMPING
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,9 @@ def quadratic_form(part: Part, averages: Sums, inverse: Inverse, step: Tensor) -
 def adapted_damping(damping: float, ratio: float, steps: int) -> float:
     """The next damping; `steps` since the last adaptation. A ratio that is not finite is bad."""
     if ratio > 0.75:
-        return damping * OMEGA**steps
+        return max(damping * OMEGA**steps, SMALLEST_DAMPING)
     if ratio < 0.25 or ratio != ratio:
-        return damping / OMEGA**steps
+        return min(damping / OMEGA**steps, LARGEST_DAMPING)
     return damping
 
 

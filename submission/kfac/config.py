@@ -16,6 +16,7 @@ DIRECTIONS = {
     "eigenbasis_adam": "Adam's update in the eigenbasis of the factors, see `eigenbasis_adam`",
 }
 FALLBACKS = ("diagonal", "gradient")
+SMALLEST_DAMPING = 1e-30  # whose reciprocal is a float32
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class KFACConfig:
             the one whose setting the first outputs show, see `setting`.
         fisher_type: "mc" (labels sampled from the model), "type-2" (exact GGN) or "empirical".
         mc_samples: label samples per factor update, for "mc".
-        damping: added to the curvature as `damping_kind` says; > 0.
+        damping: added to the curvature as `damping_kind` says; at least SMALLEST_DAMPING.
         damping_kind: see `damping.DAMPING_KINDS`.
         relative_damping: multiply damping by the mean eigenvalue of the layer's A ⊗ B.
         eigenvalue_correction: replace the eigenvalues of A ⊗ B by second moments in its
@@ -96,8 +97,7 @@ class KFACConfig:
         for name in ("mc_samples", "factor_update_steps", "inverse_update_steps", "max_failures"):
             _check_positive_integer(name, getattr(self, name))
         _check_positive_integer("max_factor_side", self.max_factor_side)
-        if not (math.isfinite(self.damping) and self.damping > 0):
-            raise ValueError(f"damping must be positive and finite, not {self.damping}")
+        check_damping(self.damping)
         if not 0 <= self.factor_decay < 1:
             raise ValueError(f"factor_decay must be in [0, 1), not {self.factor_decay}")
         if self.eigenvalue_correction and self.damping_kind != "exact":
@@ -133,6 +133,14 @@ class KFACConfig:
                 "direction 'eigenbasis_adam' keeps its moments on every rank: inverse_placement "
                 "must be 'every_rank' or 'exchanged'"
             )
+
+
+def check_damping(value: float) -> None:
+    """Raises a ValueError for a damping that float32 cannot divide by."""
+    if not (math.isfinite(value) and value >= SMALLEST_DAMPING):
+        raise ValueError(
+            f"damping must be positive and finite, at least {SMALLEST_DAMPING:g}, not {value}"
+        )
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

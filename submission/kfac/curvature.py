@@ -67,10 +67,12 @@ Curvature = KroneckerFactors | UnitwiseCurvature | DiagonalCurvature
 def average_sums(part: Part, sums: Sums, terms: Tensor) -> Sums:
     """Divides sums by their counts: A by rows or examples, everything of gradients by the terms.
 
+    The sums are changed in place and must not be used again: no memory is asked for.
+
     Rows of a low-rank factor (`A_rows`, `B_rows`) are divided by the root of the count.
     """
     if not isinstance(part, KroneckerPart):
-        return {"F": sums["F"] / terms.to(sums["F"].dtype)}
+        return {"F": sums["F"].div_(terms.to(sums["F"].dtype))}
     terms = terms.to(sums["count"].dtype)
     counts = {
         "A": sums["count"].clamp(min=1),
@@ -82,7 +84,7 @@ def average_sums(part: Part, sums: Sums, terms: Tensor) -> Sums:
     for key, value in sums.items():
         if not key.endswith("count"):
             count = counts[key.removesuffix("_rows")]
-            averages[key] = value / (count.sqrt() if key.endswith("_rows") else count)
+            averages[key] = value.div_(count.sqrt() if key.endswith("_rows") else count)
     return combine(averages) if part.embedding is not None else averages
 
 

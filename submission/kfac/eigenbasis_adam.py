@@ -34,7 +34,7 @@ class AdamStep:
     Attributes:
         count: number of steps so far, this one included; one that is not finite does not count,
             and enters no moment.
-        finite: whether all gradients of this step are finite.
+        finite: whether all gradients of this step, and their squares, are finite.
         weights: of the new gradient in either moment, 1 - β, or 0 where they are not finite.
         corrections: 1 - βᵗ of either moment.
         epsilon: ε.
@@ -57,7 +57,9 @@ class AdamStep:
     ) -> AdamStep:
         """The step after `count` others (None for the first)."""
         dtype = gradients[0].dtype
-        finite = torch.stack([g.sum(dtype=torch.float64) for g in gradients]).isfinite().all()
+        # A square that overflows would stay in the second moment for ever.
+        flat = [gradient.reshape(-1) for gradient in gradients]
+        finite = torch.stack([torch.dot(g, g) for g in flat]).isfinite().all()
         total = finite.to(torch.float64)
         total = total if count is None else count + total
         weight1, weight2 = ((1 - beta) * finite.to(dtype) for beta in betas)

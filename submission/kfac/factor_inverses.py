@@ -99,7 +99,19 @@ def _batch_key(number: int, request: Request) -> object:
 
 
 def _try_dense(requests: Sequence[Request]) -> tuple[list[FactorInverse], Tensor]:
-    """Inverses of dense factors of one side, and whether all of them are good, a scalar tensor."""
+    """Inverses of dense factors of one side, and whether all of them are good, a scalar tensor.
+
+    If memory runs out they are not.
+    """
+    try:
+        return _factorised(requests)
+    except torch.OutOfMemoryError:
+        return [{} for _ in requests], torch.zeros(
+            (), dtype=torch.bool, device=requests[0].factor.device
+        )
+
+
+def _factorised(requests: Sequence[Request]) -> tuple[list[FactorInverse], Tensor]:
     form = requests[0].form
     factors, added = [r.factor for r in requests], [r.added for r in requests]
     single = len(requests) == 1
@@ -120,11 +132,14 @@ def _try_dense(requests: Sequence[Request]) -> tuple[list[FactorInverse], Tensor
 
 def _invert_with_care(request: Request) -> FactorInverse | None:
     """What is done where the first factorisation has failed; the result is explicit."""
-    lower = _damped_cholesky(request.factor, request.added)
-    if lower is None:
+    try:
+        lower = _damped_cholesky(request.factor, request.added)
+        if lower is None:
+            return None
+        inverse = torch.cholesky_inverse(lower)
+        return {"inverse": inverse.to(request.factor.dtype)} if _is_finite(inverse) else None
+    except torch.OutOfMemoryError:
         return None
-    inverse = torch.cholesky_inverse(lower)
-    return {"inverse": inverse.to(request.factor.dtype)} if _is_finite(inverse) else None
 
 
 def _is_finite(inverse: Tensor) -> bool:
@@ -185,7 +200,7 @@ def eigendecomposition(factor: Tensor, diagonal: bool) -> tuple[Tensor, Tensor |
     for dtype in (factor.dtype, torch.float64):
         try:
             values, vectors = torch.linalg.eigh(factor.to(dtype))
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        except (torch.linalg.LinAlgError, torch.OutOfMemoryError):  # type: ignore[attr-defined]
             continue
         if bool(values.isfinite().all()) and bool(vectors.isfinite().all()):
             return values.clamp(min=0).to(factor.dtype), vectors.to(factor.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .accumulation import completed
 from .capture import Recording, check_names
 from .curvature import Curvature, KroneckerFactors, as_curvature, average_sums
-from .likelihoods import Likelihood, as_likelihood
+from .likelihoods import Likelihood, as_likelihood, sampling_seed
 from .partition import demote_uncalled, partition, unwrap
 from .passes import fisher_passes
 from .setting import detect_setting
@@ -128,7 +128,7 @@ def curvature(
             kept = [p for p in parts.parts if not layers_only or isinstance(p, KroneckerPart)]
             recording.replace(kept)
         if generator is None and fisher_type != "type-2":
-            generator = torch.Generator(logits.device).manual_seed(0)
+            generator = torch.Generator(logits.device).manual_seed(sampling_seed(0, 0, 0))
         passes = fisher_passes(
             likelihood,
             logits,

@@ -120,15 +120,19 @@ def renewed_damping(
 
 
 def _invert_small(part: Part, f: Tensor, settings: InverseSettings) -> Inverse:
-    """Of blocks per unit, `blocks` [3, units] (γγ, γβ, ββ); of a diagonal, `reciprocal`.
+    """Of blocks per unit, `blocks` [3, units] (γγ, γβ, ββ) in float64; of a diagonal, `reciprocal`.
 
     `reciprocal` is one row [1, entries], so that parts can lie side by side; that of a diagonal
     that has been averaged over rows keeps its shape.
     """
     strength = strength_of(part, {"F": f}, settings.damping, settings.relative)
     if isinstance(part, UnitwisePart) and part.has_bias:
-        a, b, d = f[0] + strength, f[1], f[2] + strength
-        return {"blocks": torch.stack([d, -b, a]) / (a * d - b * b)}
+        # In float64, and damped by no less than F is accurate to: blocks of few examples have
+        # nearly rank one, where the two products below cancel.
+        a, b, d = f.double()
+        s = torch.maximum(strength.double(), torch.finfo(f.dtype).eps * (a + d))
+        determinant = (a + s) * (d + s) - b * b
+        return {"blocks": torch.stack([d + s, -b, a + s]) / determinant}
     reciprocal = (f + strength).reciprocal()
     by_row = isinstance(part, DiagonalPart) and part.by_row
     return {"reciprocal": reciprocal if by_row else reciprocal.reshape(1, -1)}

@@ -17,6 +17,7 @@ Shapes: the first dimension of the logits counts the examples; a Categorical's c
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -349,3 +350,13 @@ def as_likelihood(likelihood: Likelihood | str) -> Likelihood:
             f"not {likelihood!r}"
         )
     return LIKELIHOODS[likelihood]()
+
+
+def sampling_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of the labels that a rank samples in a step, 32 bits.
+
+    It follows from these three alone: a restored run samples the same labels, on any number of
+    ranks, and ranks never the same as each other.
+    """
+    digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little")

@@ -19,6 +19,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,12 +30,12 @@ from .accumulation import Accumulated
 from .adaptive_damping import Trial, adapted_damping, begin_trial, predicted_change
 from .batches import Batch
 from .capture import Recording
-from .config import KFACConfig
+from .config import KFACConfig, check_damping
 from .curvature import Curvature, as_curvature
 from .distributed import Reduction
 from .eigenbasis_adam import turn_second_moments
 from .gradient_rules import make_state_batches, write_eigenbasis_steps, write_preconditioned
-from .likelihoods import Likelihood, as_likelihood
+from .likelihoods import Likelihood, as_likelihood, sampling_seed
 from .model_parts import ModelParts
 from .partition import unwrap
 from .passes import fisher_passes
@@ -80,8 +81,7 @@ class KFAC:
         self._reduction: Reduction | None = None
         self._batches: list[Batch] | None = None  # of the state's tensors; made anew when they are
         device = next(self._model.parameters()).device
-        self._generator = torch.Generator(device)
-        self._generator.manual_seed(self.config.seed + distributed.rank())
+        self._generator = torch.Generator(device)  # seeded in every step, see `sampling_seed`
 
     @property
     def step(self) -> int:
@@ -110,8 +110,7 @@ class KFAC:
 
     @damping.setter
     def damping(self, value: float) -> None:
-        if not value > 0:
-            raise ValueError(f"damping must be positive, not {value}")
+        check_damping(value)
         self._state.inverses_stale = self._state.inverses_stale or value != self._state.damping
         self._state.damping = value
 
@@ -221,6 +220,10 @@ class KFAC:
                 "the logits have no graph: they are detached, or were computed under no_grad"
             )
         recordings, self._recordings = self._recordings, {}
+        if self._accumulated is None:
+            self._generator.manual_seed(
+                sampling_seed(self.config.seed, self._state.step, distributed.rank())
+            )
         start = time.perf_counter()
         if self._state.approx is None:
             examples = recordings["expand"].examples.values()
@@ -337,7 +340,8 @@ class KFAC:
         """
         start = time.perf_counter()
         self._recordings = {}  # one that was not used keeps a graph alive
-        accumulated = self._take_in()
+        troubles: list[tuple[str, str]] = []  # kind, message
+        accumulated = self._take_in(troubles)
         factors_done = time.perf_counter()
         renew = self.inverses_due or not self._state.inverses
         if not renew and self._state.inverses_stale and self.config.damping_kind == "exact":
@@ -345,10 +349,12 @@ class KFAC:
             self._batches = None
         elif self._state.averages and (renew or self._state.inverses_stale):
             old = dict(self._state.inverses)
-            for name in updates.renew_inverses(
+            lost = updates.renew_inverses(
                 self._state, self._preconditioned(), self._parts.owners, self.config
-            ):
-                self._fail("inverse", f"the factors of layer '{name}' could not be inverted")
+            )
+            if lost:
+                names = ", ".join(f"'{name}'" for name in lost)
+                troubles.append(("inverse", f"the factors of {names} could not be inverted"))
             turn_second_moments(
                 self._state.moments, self._parts.partition.parts, old, self._state.inverses
             )
@@ -366,6 +372,7 @@ class KFAC:
         self._state.step += 1
         self._state.seconds["factors"] += factors_done - start
         self._state.seconds["inverses"] += time.perf_counter() - factors_done
+        self._account(troubles, updated=accumulated is not None)
 
     def _preconditioned(self) -> list[Part]:
         """The parts that are not trained by their raw gradient."""
@@ -373,10 +380,10 @@ class KFAC:
         raw = partition.reasons if self.config.fallback == "gradient" else {}
         return [part for part in partition.parts if part.name not in raw]
 
-    def _take_in(self) -> Accumulated | None:
+    def _take_in(self, troubles: list[tuple[str, str]]) -> Accumulated | None:
         """Takes the step's statistics, summed over ranks, into the averages.
 
-        Returns them if they were good.
+        Returns them if they were good, otherwise adds to the troubles.
         """
         self.reduce_factors()
         accumulated, self._accumulated = self._accumulated, None
@@ -392,19 +399,19 @@ class KFAC:
             accumulated.terms,
             self.config.factor_decay,
         )
-        if accumulated.out_of_memory is not None:
-            self._state.examples_share /= 2
-            self._fail(
-                "memory",
-                f"memory ran out in {accumulated.out_of_memory}; from now on the rows of "
-                f"{100 * self._state.examples_share:g} % of the examples are used",
-            )
-        elif not good:
-            self._fail("statistics", "the batch gave non-finite statistics or had no valid label")
-        else:
-            self._state.failures_in_a_row = 0
+        if good:
             self._promote(accumulated.newly_called())
-        return accumulated if good else None
+            return accumulated
+        if accumulated.is_out_of_memory_on_a_rank():
+            self._state.examples_share /= 2
+            share = f"{100 * self._state.examples_share:g} %"
+            where = accumulated.out_of_memory or "the factors of another rank"
+            message = f"memory ran out in {where}; from now on {share} of the examples are used"
+            troubles.append(("memory", message))
+        else:
+            message = "the batch gave non-finite statistics or had no valid label"
+            troubles.append(("statistics", message))
+        return None
 
     def _promote(self, names: list[str]) -> None:
         """Layers that were called for the first time count as layers from now on."""
@@ -413,15 +420,24 @@ class KFAC:
             self._split()
             logger.info("K-FAC: called for the first time, now layers: %s", ", ".join(names))
 
-    def _fail(self, kind: str, message: str) -> None:
+    def _account(self, troubles: list[tuple[str, str]], *, updated: bool) -> None:
+        """Counts what went wrong in a step: an update with any trouble is one failure in a row."""
         state = self._state
-        state.failures[kind] += 1
+        if not troubles:
+            if updated:
+                state.failures_in_a_row = 0
+            return
+        for kind, message in troubles:
+            state.failures[kind] += 1
+            logger.warning(
+                "K-FAC step %d: %s; the previous ones stay in use", state.step - 1, message
+            )
         state.failures_in_a_row += 1
-        logger.warning("K-FAC step %d: %s; the previous ones stay in use", state.step, message)
         if state.failures_in_a_row >= self.config.max_failures:
             raise KFACError(
                 f"{state.failures_in_a_row} K-FAC updates in a row failed, the last because "
-                f"{message}. Lower the learning rate or raise the damping (now {state.damping:g})."
+                f"{troubles[-1][1]}. Lower the learning rate or raise the damping (now "
+                f"{state.damping:g})."
             )
 
     # ---- adaptive damping -------------------------------------------------------------------
@@ -490,7 +506,7 @@ class KFAC:
             "kfac_approx": self.config.kfac_approx,
             "parts": self._parts.names,
             "inverses_complete": not self._shares_inverses,
-            "generator": self._generator.get_state(),
+            "seed": self.config.seed,
         }
 
     @property
@@ -504,6 +520,9 @@ class KFAC:
             ValueError: the state belongs to another version, approximation or model.
         """
         restored = KFACState.from_dict(state, self._generator.device)
+        if state["seed"] != self.config.seed:
+            # Labels would be sampled otherwise than in the run that goes on.
+            self.config = replace(self.config, seed=int(state["seed"]))
         if state["kfac_approx"] != self.config.kfac_approx:
             raise ValueError(
                 f"K-FAC state was made with kfac_approx={state['kfac_approx']!r}, not "
@@ -522,6 +541,5 @@ class KFAC:
             for name, owner in parts.owners.items():
                 if owner != distributed.rank():
                     restored.inverses.pop(name, None)
-        self._generator.set_state(state["generator"].cpu())
         self._recordings, self._accumulated, self._reduction = {}, None, None
         self._batches = None

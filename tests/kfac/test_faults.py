@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from nets import Mean, Pool
 from torch import nn
 
-from submission.kfac import KFAC, KFACConfig, Segments
+from submission.kfac import KFAC, KFACConfig, KFACError, Segments
 
 
 def net(dtype=torch.float64):
@@ -274,3 +274,73 @@ def test_a_compiled_model_trains_like_the_plain_one_and_compiles_once():
     assert frames[-1] == next(f for f in frames if f)  # not one more after the first
     for p, q in zip(model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+# ---- failures in a row, and blocks of rank one ---------------------------------------------------
+
+
+def test_inversions_that_keep_failing_end_training(monkeypatch):
+    training = Training(net(), config(max_failures=3))
+    training.step(*batch())
+    monkeypatch.setattr("submission.kfac.updates.invert_all", lambda *args, **kwargs: {})
+    training.step(*batch())
+    training.step(*batch())
+    with pytest.raises(KFACError, match="3 K-FAC updates in a row failed"):
+        training.step(*batch())
+    assert training.kfac.failures["inverse"] == 3
+
+
+def test_one_good_update_ends_the_failures_in_a_row():
+    training = Training(net(), config(max_failures=2))
+    for _ in range(3):
+        x, y = batch()
+        training.step(x, y, mask=torch.zeros(len(y), dtype=torch.bool))
+        training.step(x, y)
+    assert training.kfac.failures["statistics"] == 3
+
+
+@pytest.mark.parametrize("damping", [1e-3, 1e-6, 1e-9])
+def test_norms_of_a_single_example_are_preconditioned_downhill(damping):
+    """Their 2×2 blocks have rank one: in float32 the determinant must not cancel to nothing."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)).float()
+        with torch.no_grad():
+            model[2].weight *= 100
+        kfac = KFAC(model, config(damping=damping, factor_decay=0.0, fisher_type="type-2"))
+        x = torch.randn(1, 4, dtype=torch.float32)
+        with kfac.record():
+            logits = model(x)
+        kfac.update(logits, "categorical")
+        F.cross_entropy(logits, torch.tensor([0])).backward()
+        plain = [p.grad.clone() for p in model[1].parameters()]
+        kfac.precondition()
+        new = [p.grad for p in model[1].parameters()]
+        assert all(g.isfinite().all() for g in new)
+        along = sum(a * b for a, b in zip(plain, new, strict=True))
+        assert (along >= 0).all()
+
+
+@pytest.mark.parametrize("damping", [0.0, -1.0, 1e-320, float("nan"), float("inf")])
+def test_a_damping_that_float32_cannot_divide_by_is_refused(damping):
+    with pytest.raises(ValueError, match="at least 1e-30"):
+        KFACConfig(damping=damping)
+    kfac = KFAC(net())
+    with pytest.raises(ValueError, match="at least 1e-30"):
+        kfac.damping = damping
+    assert kfac.damping == KFACConfig().damping
+
+
+def test_memory_that_runs_out_in_an_inversion_keeps_the_old_inverse(monkeypatch):
+    training = Training(net())
+    training.step(*batch())
+
+    def out(*args, **options):
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", out)
+    before = {n: dict(i) for n, i in training.kfac.state_dict()["inverses"].items() if n == "0"}
+    training.step(*batch())
+    assert training.kfac.failures["inverse"] == 1
+    after = training.kfac.state_dict()["inverses"]["0"]
+    assert all(torch.equal(value, before["0"][key]) for key, value in after.items())

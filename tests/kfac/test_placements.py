@@ -179,6 +179,7 @@ def different_ranks(rank):
     )  # fmt: skip
     return {
         "called": called, "failures": dict(kfac.failures), "unchanged": unchanged,
+        "share": kfac.state_dict()["examples_share"],
         "parameters": model.module.state_dict(),
     }  # fmt: skip
 
@@ -186,8 +187,10 @@ def different_ranks(rank):
 def test_ranks_that_see_different_layers_or_run_out_of_memory_stay_together():
     first, second = on_two_ranks(different_ranks)
     assert first["called"] == second["called"] == ["conv", "last", "norm", "wide"]
-    assert first["failures"] == {"statistics": 1, "inverse": 0, "memory": 0}
+    # Both know that memory ran out on one of them, and both halve their examples.
+    assert first["failures"] == {"statistics": 0, "inverse": 0, "memory": 1}
     assert second["failures"] == {"statistics": 0, "inverse": 0, "memory": 1}
+    assert first["share"] == second["share"] == 0.5
     assert first["unchanged"]
     assert second["unchanged"]
     for name, value in first["parameters"].items():

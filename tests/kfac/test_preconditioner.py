@@ -351,7 +351,7 @@ def test_a_failed_inversion_keeps_the_previous_inverse(monkeypatch):
     before = {n: dict(i) for n, i in kfac.state_dict()["inverses"].items()}
     monkeypatch.setattr("submission.kfac.updates.invert_all", lambda *args, **kwargs: {})
     train_step(model, kfac, x, y)
-    assert kfac.failures["inverse"] == len(before)
+    assert kfac.failures["inverse"] == 1  # one event, of all layers
     assert kfac.state_dict()["inverses"].keys() == before.keys()
     for name, inverse in kfac.state_dict()["inverses"].items():
         assert all(torch.equal(value, before[name][key]) for key, value in inverse.items())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from processes import joined
 from torch import nn
@@ -9,6 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from workload import GraphNet, GraphWorkload, graph_batch
 
 from submission import submission
+from submission.algoperf_compat import spec
+from submission.kfac.likelihoods import sampling_seed
 from submission.run import UnwrappedModelError
 
 RANKS, STEPS, STOP = 2, 6, 3
@@ -99,3 +102,77 @@ def test_wrappers_that_come_back_are_taken_as_they_are():
     assert state["run"].rewrapped(parallel) is parallel
     both = torch.compile(parallel)
     assert state["run"].rewrapped(both) is both
+
+
+# ---- ranks that see different things decide alike ------------------------------------------------
+
+
+class Squares(GraphWorkload):
+    """Squared errors of a vector, with float32's range."""
+
+    loss_type = spec.LossType.MEAN_SQUARED_ERROR
+
+    def model_fn(self, params, augmented_and_preprocessed_input_batch, *args, **kwargs):
+        return params(augmented_and_preprocessed_input_batch["inputs"]), None
+
+    def loss_fn(self, label_batch, logits_batch, mask_batch=None, label_smoothing=0.0):
+        losses = (logits_batch - label_batch).square().sum(-1)
+        return {"summed": losses.sum(), "n_valid_examples": len(losses), "per_example": losses}
+
+
+def overflowing_worker(rank, folder):
+    """The loss of rank 0 overflows in one step, though its gradient does not."""
+    with joined(rank, RANKS, folder):
+        torch.manual_seed(0)
+        model = DistributedDataParallel(nn.Linear(4, 2).float())
+        workload, given = Squares(), {**POINT, "learning_rate": 1e-3}
+        state = submission.init_optimizer_state(workload, model, None, given, [0, 0])
+        for t in range(4):
+            generator = torch.Generator().manual_seed(10 * t + rank)
+            x, y = (torch.randn(8, n, generator=generator).float() for n in (4, 2))
+            if t == 2 and rank == 0:
+                y[0, 0] = 2e19
+            submission.update_params(
+                workload, model, None, None, given, {"inputs": x, "targets": y},
+                workload.loss_type, state, [], t, [t, 1],
+            )  # fmt: skip
+        torch.save((model.module.state_dict(), state["run"].skipped), f"{folder}/rank_{rank}")
+
+
+def test_ranks_skip_a_step_together(tmp_path):
+    mp.spawn(overflowing_worker, (str(tmp_path),), nprocs=RANKS)
+    (first, skipped), (second, other) = (
+        torch.load(tmp_path / f"rank_{rank}", weights_only=True) for rank in range(RANKS)
+    )
+    assert skipped == other == 1
+    for key, value in first.items():
+        assert torch.equal(value, second[key])
+
+
+def sampling_worker(rank, folder):
+    """Sampled labels: an undisturbed run, and one restored from what rank 0 has saved."""
+    with joined(rank, RANKS, folder):
+        ends = []  # POINT samples labels, the default
+        for restored in (False, True):
+            model, state = begin()
+            model = train(model, state, range(STOP), rank)
+            if restored:
+                saved = [state["kfac"].state_dict()]
+                dist.broadcast_object_list(saved)
+                state["kfac"].load_state_dict(saved[0])
+            model = train(model, state, range(STOP, STEPS), rank)
+            ends.append({k: v.clone() for k, v in model.module.state_dict().items()})
+        torch.save(ends, f"{folder}/rank_{rank}")
+
+
+def test_restored_ranks_go_on_sampling_labels_of_their_own(tmp_path):
+    mp.spawn(sampling_worker, (str(tmp_path),), nprocs=RANKS)
+    undisturbed, restored = torch.load(tmp_path / "rank_1", weights_only=True)
+    for key, value in undisturbed.items():
+        assert torch.equal(value, restored[key])
+
+
+def test_no_two_ranks_or_steps_sample_with_the_same_seed():
+    seeds = {sampling_seed(7, step, rank) for step in range(100) for rank in range(16)}
+    assert len(seeds) == 1600
+    assert all(0 <= seed < 2**32 for seed in seeds)

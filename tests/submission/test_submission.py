@@ -304,3 +304,79 @@ def test_ambiguous_batches_train_like_the_sharing_said_by_hand():
     for name, block in said.items():
         assert torch.equal(block.input_covariance, probed[name].input_covariance)
         assert torch.equal(block.gradient_covariance, probed[name].gradient_covariance)
+
+
+# ---- steps that must not count -----------------------------------------------------------------
+
+
+class Regression(GraphWorkload):
+    """Squared errors of a network with BatchNorm; a target may be too large for float32."""
+
+    loss_type = spec.LossType.MEAN_SQUARED_ERROR
+
+    def model_fn(self, params, augmented_and_preprocessed_input_batch, *args, **kwargs):
+        return params(augmented_and_preprocessed_input_batch["inputs"]), None
+
+    def loss_fn(self, label_batch, logits_batch, mask_batch=None, label_smoothing=0.0):
+        losses = (logits_batch - label_batch).square().sum(-1)
+        return {"summed": losses.sum(), "n_valid_examples": len(losses), "per_example": losses}
+
+
+def regression_batch(t, faulty=False, largest=1e21):
+    generator = torch.Generator().manual_seed(t)
+    x, y = (torch.randn(16, n, generator=generator) for n in (4, 2))
+    if faulty:
+        y[0, 0] = largest
+    return {"inputs": x, "targets": y}
+
+
+def regress(given, faulty_step, total=12, spoil=None):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 5), torch.nn.BatchNorm1d(5), torch.nn.Tanh(), torch.nn.Linear(5, 2)
+    ).float()
+    workload = Regression()
+    state = submission.init_optimizer_state(workload, model, None, given, [0, 0])
+    for t in range(total):
+        batch = regression_batch(t, t == faulty_step)
+        batch = {key: value.float() for key, value in batch.items()}
+        if t == faulty_step and spoil is not None:
+            batch["inputs"][0, 0] = spoil
+        submission.update_params(
+            workload, model, None, None, given, batch, workload.loss_type, state, [], t, [t, 1], {}
+        )
+    return model, state
+
+
+@pytest.mark.parametrize("spoil", [None, float("nan"), float("inf")])
+@pytest.mark.parametrize("update_rule", ["nesterov", "nadamw", "eigenbasis_adam"])
+def test_one_step_that_overflows_costs_one_step(update_rule, spoil):
+    given = point(update_rule=update_rule, learning_rate=0.01)
+    model, state = regress(given, faulty_step=5, spoil=spoil)
+    assert state["run"].skipped == 1
+    for tensor in (*model.parameters(), *model.buffers()):
+        assert tensor.isfinite().all()
+    moments = state["kfac"].state_dict()["moments"].values()
+    assert all(m.isfinite().all() for group in moments for m in group.values())
+
+
+def test_a_skipped_step_leaves_parameters_and_running_statistics():
+    before, _ = regress(point(learning_rate=0.01), faulty_step=None, total=5)
+    after, state = regress(point(learning_rate=0.01), faulty_step=5, total=6, spoil=float("nan"))
+    assert state["run"].skipped == 1
+    for p, q in zip(before.state_dict().values(), after.state_dict().values(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_an_update_that_is_not_finite_is_skipped(monkeypatch):
+    given = point(learning_rate=0.01)
+
+    def spoiled(self):
+        self.refresh()
+        for p in self._model.parameters():
+            p.grad.fill_(float("nan"))
+
+    monkeypatch.setattr("submission.kfac.KFAC.precondition", spoiled)
+    model, state = regress(given, faulty_step=None, total=3)
+    assert state["run"].skipped == 3
+    assert all(p.isfinite().all() for p in model.parameters())

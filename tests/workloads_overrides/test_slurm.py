@@ -110,7 +110,7 @@ def test_without_arguments_and_with_a_wrong_nproc_one_line_tells(folder, capsys,
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert lines[0].startswith("error: what is to run?")
-    assert lines[1] == "error: NPROC=many is no number of processes: give 1 or more"
+    assert lines[1] == "error: NPROC=many is no number of processes: give 1 to 9999"
 
 
 def test_a_dry_run_prints_exact_commands_and_no_key(folder, capsys, monkeypatch):
