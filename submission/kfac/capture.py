@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from .collectors import Collector, ExpandCollector, ReduceCollector, UnitwiseCollector
 from .eigenvalue_correction import is_correctable
 from .fused import fused_of, roll_up, unroll
 from .graph import GraphError, Tap, earliest, gradients, is_differentiated, leaves_beside
@@ -38,15 +39,11 @@ from .sharing import (
     unknown_names,
 )
 from .statistics import (
-    Collector,
     DiagonalPart,
-    ExpandCollector,
     KroneckerPart,
     Part,
-    ReduceCollector,
     RowPairs,
     Sums,
-    UnitwiseCollector,
     UnitwisePart,
     add_squares,
     empty_diagonal_sums,
@@ -65,7 +62,8 @@ class Recording:
         parts: what to collect.
         sharing: how rows share weights, see `sharing.resolve`.
         ragged_scaling: see `factors.RAGGED_SCALINGS`.
-        low_rank: keep factors that are sums over few rows as these rows.
+        uses: how often an inverse is applied before it is renewed, to decide whether a factor that
+            is a sum over few rows is kept as these rows; None for never.
         keep_rows: also keep all rows (see `row_pairs`), for the eigenvalue correction.
         watched: parts of which only the calls are counted.
         examples_share: this share of the examples, the first, enters the factors of linear layers
@@ -83,7 +81,7 @@ class Recording:
         parts: Iterable[Part],
         sharing: SharingRule = None,
         ragged_scaling: str = "sqrt",
-        low_rank: bool = False,
+        uses: int | None = None,
         keep_rows: bool = False,
         watched: Iterable[Part] = (),
         examples_share: float = 1.0,
@@ -112,7 +110,7 @@ class Recording:
                 self._diagonals.append(part)
                 self.sums[part.name] = empty_diagonal_sums(part)
             else:
-                collector = make_collector(part, ragged_scaling, low_rank, keep_rows)
+                collector = make_collector(part, ragged_scaling, uses, keep_rows)
                 self._collectors[part.name] = collector
                 self._modules.append((part, collector))
                 self.sums[part.name] = collector.sums
@@ -405,7 +403,7 @@ class Recording:
 
 
 def make_collector(
-    part: KroneckerPart | UnitwisePart, ragged_scaling: str, low_rank: bool, keep_rows: bool
+    part: KroneckerPart | UnitwisePart, ragged_scaling: str, uses: int | None, keep_rows: bool
 ) -> Collector:
     """A fresh collector for a part."""
     if isinstance(part, UnitwisePart):
@@ -413,8 +411,8 @@ def make_collector(
     if part.embedding is not None:
         return TiedCollector(part, ragged_scaling)
     if part.approx == "expand":
-        return ExpandCollector(part, keep_rows and is_correctable(part))
-    return ReduceCollector(part, ragged_scaling, low_rank, keep_rows and is_correctable(part))
+        return ExpandCollector(part, uses, keep_rows and is_correctable(part))
+    return ReduceCollector(part, ragged_scaling, uses, keep_rows and is_correctable(part))
 
 
 def check_names(rule: SharingRule, recording: Recording) -> None:

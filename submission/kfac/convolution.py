@@ -10,6 +10,7 @@ A patch is a row of C_in / groups · prod(kernel) entries in the order of the we
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,6 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import factors
+
+FEWEST_SLICED_CHANNELS = 4  # per group; below, gathering is as fast as slicing
 PATCH_CHUNK_ELEMENTS = 1 << 23  # patches are materialised at most this many entries at a time
 
 
@@ -151,12 +155,45 @@ def patch_second_moment(x: Tensor, geometry: tuple[DimensionGeometry, ...], grou
     channels = x.shape[1] // groups
     d = channels * math.prod(g.kernel for g in geometry)
     moment = x.new_zeros(groups, d, d)
+    if all(g.mode == "zeros" for g in geometry) and channels >= FEWEST_SLICED_CHANNELS:
+        for part in _chunks(x, geometry):
+            _add_sliced(moment, part, geometry)
+        kernel = [g.kernel for g in geometry]
+        by_offset = moment.view(groups, *kernel, channels, *kernel, channels)
+        dims = len(kernel)
+        one, two = list(range(1, dims + 1)), list(range(dims + 2, 2 * dims + 2))
+        order = [0, dims + 1, *one, 2 * dims + 2, *two]
+        return by_offset.permute(order).reshape(groups, d, d)
     for part in _chunks(x, geometry):
         rows = patches(part, geometry)
         rows = rows.reshape(rows.shape[0], groups, d, rows.shape[-1])
         rows = rows.permute(1, 2, 0, 3).flatten(2)
         moment.baddbmm_(rows, rows.mT)
     return moment
+
+
+def _add_sliced(moment: Tensor, x: Tensor, geometry: tuple[DimensionGeometry, ...]) -> None:
+    """moment [groups, d, d] += Σ patch patchᵀ, patches ordered (kernel offset, channel).
+
+    What a kernel offset reads is a strided slice of the padded images.
+    """
+    groups, dims = len(moment), len(geometry)
+    pads = [p for g in reversed(geometry) for p in g.padding]
+    padded = F.pad(x.transpose(0, 1), pads)
+    outputs = [g.output_size(s) for g, s in zip(geometry, x.shape[2:], strict=True)]
+    channels = x.shape[1] // groups
+    kernel = [g.kernel for g in geometry]
+    rows = x.new_empty(math.prod(kernel), channels, x.shape[0], *outputs)
+    for group in range(groups):
+        own = padded[group * channels : (group + 1) * channels]
+        for row, offsets in zip(rows, itertools.product(*map(range, kernel)), strict=True):
+            read: list[Any] = [slice(None)] * 2
+            for g, offset, count in zip(geometry, offsets, outputs, strict=True):
+                first = offset * g.dilation
+                read.append(slice(first, first + (count - 1) * g.stride + 1, g.stride))
+            row.copy_(own[tuple(read)])
+        factors.add_outer_products(moment[group], rows.flatten(0, 1).flatten(1).mT)
+    assert rows.dim() == dims + 3
 
 
 def patch_sum(x: Tensor, geometry: tuple[DimensionGeometry, ...], groups: int) -> Tensor:

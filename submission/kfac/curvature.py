@@ -67,7 +67,7 @@ Curvature = KroneckerFactors | UnitwiseCurvature | DiagonalCurvature
 def average_sums(part: Part, sums: Sums, terms: Tensor) -> Sums:
     """Divides sums by their counts: A by rows or examples, everything of gradients by the terms.
 
-    The sums are changed in place and must not be used again: no memory is asked for.
+    The sums are changed in place and must not be used again: hardly any memory is asked for.
 
     Rows of a low-rank factor (`A_rows`, `B_rows`) are divided by the root of the count.
     """
@@ -84,7 +84,9 @@ def average_sums(part: Part, sums: Sums, terms: Tensor) -> Sums:
     for key, value in sums.items():
         if not key.endswith("count"):
             count = counts[key.removesuffix("_rows")]
-            averages[key] = value.div_(count.sqrt() if key.endswith("_rows") else count)
+            # Rows may be those of an activation that the backward pass still needs.
+            is_rows = key.endswith("_rows")
+            averages[key] = value / count.sqrt() if is_rows else value.div_(count)
     return combine(averages) if part.embedding is not None else averages
 
 

@@ -4,11 +4,11 @@
 |---|---|---|
 | explicit | `inverse` [groups, d, d] | a dense factor whose inverse is applied to many vectors |
 | Cholesky | `cholesky` [groups, d, d] | a dense factor whose inverse is applied to few vectors |
-| low rank | `rows` [groups, n, d], `scale` [groups] | a factor that is a sum over n < d rows |
+| low rank | `rows` [groups, n, d], `scale` [groups]; or also `gram` [groups, n, n] | n < d rows |
 | diagonal | `reciprocal` [groups, d] | a diagonal factor |
 
-A factor of n rows, RᵀR, is never formed: by Woodbury, (RᵀR + εI)⁻¹ = (I - WᵀW) / ε with
-W = L⁻¹R and LLᵀ = RRᵀ + εI, an n×n matrix.
+A factor of n rows, RᵀR, is never formed: by Woodbury, (RᵀR + εI)⁻¹ = (I - Rᵀ(LLᵀ)⁻¹R) / ε with
+LLᵀ = RRᵀ + εI, an n×n matrix, `gram` being L; for many vectors W = L⁻¹R is kept instead of both.
 
 When a factorisation fails, it is repeated in float64, then with the damping raised to the accuracy
 to which the factor is known at all; if that fails too, the result is None.
@@ -22,11 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .low_rank import VECTORS_FOR_EXPLICIT_INVERSE
+
 FactorInverse = dict[str, Tensor]
 
-# An explicit inverse pays from about this many vectors per row of the factor on: 1.1 at side 384,
-# 1.3 at 1,152, 1.9 at 1,537 (measured on a CPU with two threads).
-VECTORS_FOR_EXPLICIT_INVERSE = 1.5
+MOST_ROWS_IN_FLOAT64 = 256  # a Gram matrix of more costs too much in it
 
 
 # Dense factors up to this side are factorised together, by type of device: on a CPU a larger one
@@ -70,7 +70,7 @@ def invert_factors(requests: Sequence[Request]) -> list[FactorInverse | None]:
             reciprocal = (request.factor + request.added.unsqueeze(-1)).reciprocal()
             found[i] = {"reciprocal": reciprocal}
         elif request.form == "low rank":
-            found[i] = _invert_low_rank(request.factor, request.added)
+            found[i] = _invert_low_rank(request)
         else:
             factor = request.factor
             kind = factor.device.type
@@ -162,18 +162,37 @@ def _damped_cholesky(factor: Tensor, added: Tensor) -> Tensor | None:
     return None
 
 
-def _invert_low_rank(rows: Tensor, added: Tensor) -> FactorInverse | None:
+def _invert_low_rank(request: Request) -> FactorInverse | None:
+    rows, (n, d) = request.factor, request.factor.shape[-2:]
     # What lies in the rows is cancelled by I - WᵀW up to rounding, which 1/ε makes large: a damping
     # below the accuracy of the factor would return noise.
     trace = rows.square().sum((-2, -1))
-    added = torch.maximum(added, torch.finfo(rows.dtype).eps * trace)
-    # The Gram matrix is small: float64 costs nothing and keeps I - WᵀW accurate.
-    wide = rows.double()
-    lower = _damped_cholesky(wide @ wide.mT, added.double())
-    if lower is None:
+    added = torch.maximum(request.added, torch.finfo(rows.dtype).eps * trace)
+    few = n <= MOST_ROWS_IN_FLOAT64
+    try:
+        wide = rows.double() if few else rows
+        lower = _damped_gram(wide @ wide.mT, added)
+        if lower is None:
+            return None
+        if request.vectors < d / 2:
+            found = {"rows": rows, "gram": lower.to(rows.dtype)}
+        else:
+            whitened = torch.linalg.solve_triangular(lower.to(wide.dtype), wide, upper=False)
+            found = {"rows": whitened.to(rows.dtype)}
+    except torch.OutOfMemoryError:
         return None
-    w = torch.linalg.solve_triangular(lower, wide, upper=False)
-    return {"rows": w.to(rows.dtype), "scale": added.reciprocal()}
+    return {**found, "scale": added.reciprocal()}
+
+
+def _damped_gram(gram: Tensor, added: Tensor) -> Tensor | None:
+    """L, in float64 where it cannot be had in the matrix's own type."""
+    damped = gram.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(added.to(gram.dtype).unsqueeze(-1))
+    lower: Tensor
+    lower, info = torch.linalg.cholesky_ex(damped)
+    if bool((info == 0).all()) and _is_finite(lower):
+        return lower
+    return _damped_cholesky(gram, added)
 
 
 def apply_left(inverse: FactorInverse, gradient: Tensor) -> Tensor:
@@ -184,8 +203,11 @@ def apply_left(inverse: FactorInverse, gradient: Tensor) -> Tensor:
         return torch.cholesky_solve(gradient, inverse["cholesky"])
     if "reciprocal" in inverse:
         return inverse["reciprocal"].unsqueeze(-1) * gradient
-    w = inverse["rows"]
-    return (gradient - w.mT @ (w @ gradient)) * inverse["scale"].reshape(-1, 1, 1)
+    rows = inverse["rows"]
+    inner = rows @ gradient
+    if "gram" in inverse:
+        inner = torch.cholesky_solve(inner, inverse["gram"])
+    return (gradient - rows.mT @ inner) * inverse["scale"].reshape(-1, 1, 1)
 
 
 def apply_right(gradient: Tensor, inverse: FactorInverse) -> Tensor:

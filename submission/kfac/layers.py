@@ -26,6 +26,7 @@ from .sharing import (
 )
 
 LARGEST_DENSE_VOCABULARY = 2048  # of an embedding whose A is not diagonal by itself
+POSITIONS_PER_CHANNEL = 4  # of an image, from which on products image by image are faster
 MIN_CHANNELS = 8  # per group; below, materialised patches are faster than shifted products
 
 
@@ -33,6 +34,7 @@ class Kind(ABC):
     """The canonical view of one type of linear layer (see the module's docstring)."""
 
     module_types: tuple[type[nn.Module], ...]
+    has_plain_rows = False  # rows of inputs are views of them, free to have
 
     def keeps_diagonal_input(self, module: Any, approx: str) -> bool:
         """Whether A is diagonal, or too large to be kept as anything else."""
@@ -87,6 +89,11 @@ class Kind(ABC):
     def gradient_rows(self, module: Any, g: Tensor, sharing: Sharing) -> Tensor:
         """Gradients of the outputs as rows: [groups, rows, P_out], padding rows zero."""
 
+    def add_gradient_moment(self, moment: Tensor, module: Any, g: Tensor, sharing: Sharing) -> None:
+        """moment [groups, P_out, P_out], or its diagonals, += Σ over all rows of g gᵀ, in place."""
+        rows = self.gradient_rows(module, g, sharing).to(moment.dtype)
+        factors.add_outer_products(moment, rows)
+
     @abstractmethod
     def summed_gradients(
         self, module: Any, g: Tensor, sharing: Sharing, dtype: torch.dtype
@@ -108,6 +115,7 @@ class LinearKind(Kind):
     """nn.Linear: rows are the vectors of the last dimension, any number of shared dimensions."""
 
     module_types = (nn.Linear,)
+    has_plain_rows = True
 
     def sides(self, module: Any) -> tuple[int, int]:
         out_side, in_side = module.weight.shape
@@ -227,6 +235,16 @@ class ConvKind(Kind):
         rows = convolution.patches(x, convolution.geometry_of(module))
         rows = rows.reshape(rows.shape[0], groups, self.sides(module)[1], rows.shape[-1])
         return rows.permute(1, 0, 3, 2).flatten(1, 2)
+
+    def add_gradient_moment(self, moment: Tensor, module: Any, g: Tensor, sharing: Sharing) -> None:
+        side, positions = moment.shape[-1], math.prod(g.shape[2:])
+        if moment.dim() == 2 or positions < POSITIONS_PER_CHANNEL * side:
+            super().add_gradient_moment(moment, module, g, sharing)
+            return
+        # Image by image: the gradients need not be brought into another order first.
+        rows = g.to(moment.dtype).reshape(len(g) * self.groups(module), side, positions)
+        products = torch.bmm(rows, rows.mT)
+        moment += products.view(len(g), *moment.shape).sum(0)
 
     def gradient_rows(self, module: Any, g: Tensor, sharing: Sharing) -> Tensor:
         rows = g.flatten(2).movedim(1, 0).flatten(1)

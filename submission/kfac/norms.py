@@ -96,10 +96,29 @@ def example_gradients(
     kind: NormKind, module: nn.Module, x: Tensor, g: Tensor, sharing: Sharing, dtype: torch.dtype
 ) -> Tensor:
     """Would-be gradients of (γ, β), or of γ alone, of each example: [1 or 2, N, units]."""
-    x_hat = kind.normalized(module, x.detach())
-    g_rows = kind.rows(module, g, sharing).to(dtype)
-    x_rows = kind.rows(module, x_hat, sharing).to(dtype)
-    scale = sum_rows(g_rows * x_rows, sharing)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and x.dim() > 2:
+        scale, shift = _batch_norm_gradients(module, x.detach().to(dtype), g.to(dtype))
+    else:
+        x_hat = kind.normalized(module, x.detach())
+        g_rows = kind.rows(module, g, sharing).to(dtype)
+        x_rows = kind.rows(module, x_hat, sharing).to(dtype)
+        scale, shift = sum_rows(g_rows * x_rows, sharing), sum_rows(g_rows, sharing)
     if getattr(module, "bias", None) is None:
         return scale.unsqueeze(0)
-    return torch.stack([scale, sum_rows(g_rows, sharing)])
+    return torch.stack([scale, shift])
+
+
+def _batch_norm_gradients(
+    module: nn.modules.batchnorm._BatchNorm, x: Tensor, g: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Σ_r g ⊙ x̂ and Σ_r g of images [N, C, ...]: [N, C] each; x̂ itself is not formed."""
+    x, g = x.flatten(2), g.flatten(2)
+    running = None if module.training else module.running_mean
+    mean = x.mean((0, 2)) if running is None else running
+    centred = x - mean.to(x.dtype).unsqueeze(-1)
+    if running is None or module.running_var is None:
+        variance = torch.einsum("ncl,ncl->nc", centred, centred).sum(0) / (x.shape[0] * x.shape[2])
+    else:
+        variance = module.running_var.to(x.dtype)
+    scale = torch.einsum("ncl,ncl->nc", g, centred) * (variance + module.eps).rsqrt()
+    return scale, g.sum(-1)

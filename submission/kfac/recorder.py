@@ -58,7 +58,7 @@ def record(
             own,
             sharing,
             config.ragged_scaling,
-            low_rank=keeps_rows(config),
+            uses=config.inverse_update_steps if keeps_rows(config) else None,
             keep_rows=config.eigenvalue_correction,
             watched=watched,
             examples_share=examples_share,

@@ -6,8 +6,8 @@ C×C instead of 81 (δ and -δ are transposes), each over the whole image:
 
     A[k, k + δ] = F_δ - Σ_{rows not read} - Σ_{columns not read} + Σ_{both not read}.
 
-Images are laid out channels last and padded with enough zeros that a shift by δ is a shift of the
-flattened image, a view, that never meets a neighbouring row or image.
+F_δ is had in one of two ways: as a product for each δ, or for all δ together from the images'
+Fourier transforms (see `correlations`), which pays where there are several examples.
 """
 
 from __future__ import annotations
@@ -16,35 +16,31 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from .convolution import DimensionGeometry
+from .correlations import Shift, correlations
 
 
 @dataclass(frozen=True)
 class _Axis:
-    """One spatial dimension. `left`: where the real inputs begin in the padded image."""
+    """One spatial dimension. `first`: the input that offset 0 reads first, negative in padding."""
 
     kernel: int
     dilation: int
-    left: int
+    first: int
     size: int
-    padded: int
     outputs: int
 
     @classmethod
     def of(cls, geometry: DimensionGeometry, size: int) -> _Axis:
-        reach = geometry.dilation * (geometry.kernel - 1)
-        padded = max(size + reach, size + sum(geometry.padding))
         outputs = geometry.output_size(size)
-        return cls(geometry.kernel, geometry.dilation, geometry.padding[0], size, padded, outputs)
+        return cls(geometry.kernel, geometry.dilation, -geometry.padding[0], size, outputs)
 
     def unread(self, offset: int) -> tuple[int, ...]:
-        """Real inputs, as padded indices, that kernel offset `offset` does not read."""
-        first = offset * self.dilation
-        real = range(self.left, self.left + self.size)
-        return tuple(u for u in real if not first <= u < first + self.outputs)
+        """Inputs that kernel offset `offset` does not read."""
+        first = self.first + offset * self.dilation
+        return tuple(u for u in range(self.size) if not first <= u < first + self.outputs)
 
 
 def is_applicable(geometry: tuple[DimensionGeometry, ...]) -> bool:
@@ -61,100 +57,96 @@ def second_moment(x: Tensor, geometry: tuple[DimensionGeometry, ...], groups: in
         return second_moment(x.unsqueeze(2), (flat, geometry[0]), groups)
     rows, columns = (_Axis.of(g, s) for g, s in zip(geometry, x.shape[2:], strict=True))
     channels = x.shape[1] // groups
-    image = _padded_channels_last(x, rows, columns)
-    shape = (channels, rows.kernel, columns.kernel)
-    moment = x.new_zeros(groups, *shape, *shape)
-    for group in range(groups):
-        part = image[..., group * channels : (group + 1) * channels]
-        for shift in _shifts(rows.kernel, columns.kernel):
-            _add_blocks(moment[group], part, rows, columns, *shift)
+    kernel = (rows.kernel, columns.kernel)
+    shifts = list(_shifts(*kernel))
+    pixels = [(dy * rows.dilation, dx * columns.dilation) for dy, dx in shifts]
     d = channels * rows.kernel * columns.kernel
-    return moment.reshape(groups, d, d)
+    moment = x.new_empty(groups, d, d)
+    for group in range(groups):
+        part = x[:, group * channels : (group + 1) * channels]
+        whole = correlations(part, pixels)
+        blocks = x.new_empty(*kernel, *kernel, channels, channels)
+        for shift, offset, total in zip(shifts, pixels, whole, strict=True):
+            _fill_blocks(blocks, _BorderProducts(part, offset), rows, columns, shift, total)
+        by_channel = moment[group].view(channels, *kernel, channels, *kernel)
+        by_channel.copy_(blocks.permute(4, 0, 1, 5, 2, 3))
+    return moment
 
 
-def _padded_channels_last(x: Tensor, rows: _Axis, columns: _Axis) -> Tensor:
-    right = columns.padded - columns.size - columns.left
-    bottom = rows.padded - rows.size - rows.left
-    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, columns.left, right, rows.left, bottom))
-    return padded.contiguous()
-
-
-def _shifts(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+def _shifts(rows: int, columns: int) -> Iterator[Shift]:
     """One of each pair δ, -δ of differences of kernel offsets."""
     for dy, dx in itertools.product(range(rows), range(1 - columns, columns)):
         if dy > 0 or dx >= 0:
             yield dy, dx
 
 
-def _add_blocks(
-    moment: Tensor, image: Tensor, rows: _Axis, columns: _Axis, dy: int, dx: int
+def _fill_blocks(
+    blocks: Tensor,
+    borders: _BorderProducts,
+    rows: _Axis,
+    columns: _Axis,
+    shift: Shift,
+    total: Tensor,
 ) -> None:
-    """Fills all blocks (k, k + δ) of one group's moment [C, Ky, Kx, C, Ky, Kx], and mirrors."""
-    products = _ShiftedProducts(image, dy * rows.dilation, dx * columns.dilation)
-    whole = products.whole()
+    """Fills all blocks (k, k + δ) of blocks [Ky, Kx, Ky, Kx, C, C], and those mirrored."""
+    dy, dx = shift
     for ky, kx in itertools.product(range(rows.kernel - dy), range(columns.kernel)):
         if not 0 <= kx + dx < columns.kernel:
             continue
-        block = whole
+        block = blocks[ky, kx, ky + dy, kx + dx]
+        block.copy_(total)
         unread_rows, unread_columns = rows.unread(ky), columns.unread(kx)
-        if unread_rows or unread_columns:
-            block = whole.clone()
         for y in unread_rows:
-            block -= products.row(y)
+            borders.subtract_row(block, y)
         for x in unread_columns:
-            block -= products.column(x)
+            borders.subtract_column(block, x)
         for y, x in itertools.product(unread_rows, unread_columns):
-            block += products.corner(y, x)
-        moment[:, ky, kx, :, ky + dy, kx + dx] = block
-        if (dy, dx) != (0, 0):
-            moment[:, ky + dy, kx + dx, :, ky, kx] = block.mT
+            borders.add_corner(block, y, x)
+        if shift != (0, 0):
+            blocks[ky + dy, kx + dx, ky, kx].copy_(block.mT)
 
 
-class _ShiftedProducts:
-    """Σ image[u] image[u + shift]ᵀ over parts of an image [N, H, W, C], each computed once."""
+class _BorderProducts:
+    """Σ x[u] x[u + shift]ᵀ over rows, columns and corners of images [N, C, H, W], each made once.
 
-    def __init__(self, image: Tensor, dy: int, dx: int) -> None:
-        self._image, self._dy, self._dx = image, dy, dx
-        self._rows: dict[int, Tensor] = {}
-        self._columns: dict[int, Tensor] = {}
+    Where u + shift is outside of the image there is nothing to add or subtract.
+    """
 
-    def whole(self) -> Tensor:
-        """The sum over all u: [C, C]."""
-        flat = self._image.flatten(0, 2)
-        shift = self._dy * self._image.shape[2] + self._dx
-        return flat[: len(flat) - shift].mT @ flat[shift:]
+    def __init__(self, images: Tensor, shift: Shift) -> None:
+        self._images, (self._dy, self._dx) = images, shift
+        self._products: dict[tuple[int | None, int | None], Tensor] = {}
 
-    def row(self, y: int) -> Tensor:
-        """The sum over row y."""
-        if y not in self._rows:
-            there, left = y + self._dy, max(0, -self._dx)
-            length = self._image.shape[2] - abs(self._dx)
-            inside = there < self._image.shape[1]
-            self._rows[y] = self._product(
-                self._image[:, y].narrow(1, left, length),
-                self._image[:, there].narrow(1, left + self._dx, length) if inside else None,
-            )
-        return self._rows[y]
+    def subtract_row(self, block: Tensor, y: int) -> None:
+        """Takes the sum over row y away from a block [C, C]."""
+        if 0 <= y + self._dy < self._images.shape[2]:
+            block.sub_(self._product(y, None))
 
-    def column(self, x: int) -> Tensor:
-        """The sum over column x."""
-        if x not in self._columns:
-            height = self._image.shape[1]
-            there = x + self._dx
-            self._columns[x] = self._product(
-                self._image[:, : height - self._dy, x],
-                self._image[:, self._dy :, there] if 0 <= there < self._image.shape[2] else None,
-            )
-        return self._columns[x]
+    def subtract_column(self, block: Tensor, x: int) -> None:
+        """Takes the sum over column x away."""
+        if 0 <= x + self._dx < self._images.shape[3]:
+            block.sub_(self._product(None, x))
 
-    def corner(self, y: int, x: int) -> Tensor:
-        """The sum over the pixel (y, x) of all images."""
-        y2, x2 = y + self._dy, x + self._dx
-        inside = y2 < self._image.shape[1] and 0 <= x2 < self._image.shape[2]
-        return self._product(self._image[:, y, x], self._image[:, y2, x2] if inside else None)
+    def add_corner(self, block: Tensor, y: int, x: int) -> None:
+        """Adds the sum over the pixel (y, x)."""
+        height, width = self._images.shape[2:]
+        if 0 <= y + self._dy < height and 0 <= x + self._dx < width:
+            block.add_(self._product(y, x))
 
-    def _product(self, a: Tensor, b: Tensor | None) -> Tensor:
-        if b is None:
-            channels = self._image.shape[-1]
-            return self._image.new_zeros(channels, channels)
-        return a.reshape(-1, a.shape[-1]).mT @ b.reshape(-1, b.shape[-1])
+    def _product(self, y: int | None, x: int | None) -> Tensor:
+        if (y, x) not in self._products:
+            height, width = self._images.shape[2:]
+            here_y, there_y = _overlap(y, self._dy, height)
+            here_x, there_x = _overlap(x, self._dx, width)
+            here = self._images[:, :, here_y, here_x].transpose(0, 1).flatten(1)
+            there = self._images[:, :, there_y, there_x].transpose(0, 1).flatten(1)
+            self._products[y, x] = here @ there.mT
+        return self._products[y, x]
+
+
+def _overlap(index: int | None, shift: int, size: int) -> tuple[slice, slice]:
+    """Positions u of one index, or of all (None), such that u + shift is inside; and u + shift."""
+    if index is not None:
+        return slice(index, index + 1), slice(index + shift, index + shift + 1)
+    first = max(0, -shift)
+    stop = max(first, min(size, size - shift))
+    return slice(first, stop), slice(first + shift, stop + shift)

@@ -19,16 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .collectors import Collector, ExpandCollector, ReduceCollector
 from .layers import EmbeddingKind
 from .sharing import Sharing, count_rows, rows_per_example
-from .statistics import (
-    Collector,
-    ExpandCollector,
-    KroneckerPart,
-    ReduceCollector,
-    Sums,
-    empty_embedding_sums,
-)
+from .statistics import KroneckerPart, Sums, empty_embedding_sums
 
 _KIND = EmbeddingKind()
 
@@ -82,9 +76,7 @@ class TiedCollector(Collector):
         self.part = part
         reduce = part.approx == "reduce"
         self._linear: Collector = (
-            ReduceCollector(part, ragged_scaling, low_rank=False)
-            if reduce
-            else ExpandCollector(part)
+            ReduceCollector(part, ragged_scaling) if reduce else ExpandCollector(part)
         )
         self.sums = self._linear.sums
         self._embedding = _EmbeddingCollector(part, self.sums, reduce)

@@ -4,8 +4,19 @@ import pytest
 import torch
 from torch import nn
 
-from submission.kfac import convolution, factor_inverses, factors, shifted_products
+from submission.kfac import (
+    KFAC,
+    KFACConfig,
+    Positions,
+    collectors,
+    convolution,
+    correlations,
+    factor_inverses,
+    factors,
+    shifted_products,
+)
 from submission.kfac.factor_inverses import Request, invert_factors
+from submission.kfac.low_rank import most_rows
 
 
 def random_convolution(seed):
@@ -28,7 +39,9 @@ def random_convolution(seed):
         3 * groups, 2 * groups, kernel, padding="same" if pick(0, 3) == 0 else padding,
         dilation=dilation, groups=groups,
     )  # fmt: skip
-    return layer, torch.randn(pick(1, 3), 3 * groups, *size, generator=generator)
+    # From a dozen examples on, and for kernels of many offsets, by the Fourier transform.
+    examples = pick(1, 3) if pick(0, 1) else pick(12, 15)
+    return layer, torch.randn(examples, 3 * groups, *size, generator=generator)
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -39,6 +52,37 @@ def test_shifted_products_are_the_second_moment_of_the_patches(seed):
     plain = convolution.patch_second_moment(x, geometry, layer.groups)
     fast = shifted_products.second_moment(x, geometry, layer.groups)
     torch.testing.assert_close(fast, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_correlations_from_fourier_transforms_are_those_of_products(seed, monkeypatch):
+    generator = torch.Generator().manual_seed(seed)
+    n, channels, height, width = (int(k) for k in torch.randint(1, 9, (4,), generator=generator))
+    x = torch.randn(n, channels, height, width, generator=generator)
+    down, right = (int(k) for k in torch.randint(0, 6, (2,), generator=generator))
+    shifts = [(dy, dx) for dy in range(down + 1) for dx in range(-right, right + 1)]
+    shifts = [(dy, dx) for dy, dx in shifts if dy > 0 or dx >= 0]
+    monkeypatch.setattr(correlations, "CHUNK_ELEMENTS", 10 ** (1 + seed % 4))
+    expected = torch.zeros(len(shifts), channels, channels)
+    padded = nn.functional.pad(x, (right, right, 0, down))
+    for (dy, dx), total in zip(shifts, expected, strict=True):
+        there = padded[:, :, dy : dy + height, right + dx : right + dx + width]
+        total += torch.einsum("nchw,ndhw->cd", x, there)
+    for way in (correlations.by_products, correlations.by_transform):
+        torch.testing.assert_close(way(x, shifts), expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_transform_is_as_accurate_as_products_in_float32(seed):
+    torch.manual_seed(seed)
+    x = torch.randn(16, 8, 12, 12).relu() + torch.randn(8, 1, 1)
+    layer = nn.Conv2d(8, 4, 3, padding=1)
+    geometry = convolution.geometry_of(layer)
+    truth = convolution.patch_second_moment(x, geometry, 1)
+    found = shifted_products.second_moment(x.float(), geometry, 1)
+    plain = convolution.patch_second_moment(x.float(), geometry, 1)
+    error, usual = ((m.double() - truth).abs().max() for m in (found, plain))
+    assert error < max(10 * usual, 1e-6 * truth.abs().max())
 
 
 @pytest.mark.parametrize(
@@ -158,3 +202,51 @@ def test_a_low_rank_inverse_does_not_return_noise():
     wide = rows.double()
     (unchanged,) = invert_factors([Request(wide, torch.tensor([1e-3]), low_rank=True)])
     torch.testing.assert_close(unchanged["scale"], torch.tensor([1e3]))
+
+
+# ---- factors that are kept as rows --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damping_kind", ["both_factors", "pi"])
+@pytest.mark.parametrize("uses", [1, 10])
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_rows_that_stand_for_a_factor_precondition_as_the_factor(
+    kfac_approx, bias, uses, damping_kind, monkeypatch
+):
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+
+    def preconditioned(rows):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(30, 40, bias), nn.Tanh(), nn.Linear(40, 25, bias))
+        x, inputs = torch.randn(2, 3, 30), []
+        model[0].register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
+        kfac = KFAC(
+            model,
+            KFACConfig(kfac_approx, damping=0.01, damping_kind=damping_kind,
+                       factor_update_steps=uses, inverse_update_steps=uses),
+        )  # fmt: skip
+        with monkeypatch.context() as patch:
+            if not rows:
+                patch.setattr(collectors, "most_rows", lambda side, vectors: 0)
+            for _ in range(2):  # two micro-batches
+                with kfac.record(Positions(mask=mask)):
+                    logits = model(x)
+                kfac.update(logits, "gaussian", mask=mask.unsqueeze(-1).expand(2, 3, 25))
+                logits.square().sum().backward()
+            assert all(torch.equal(given, x) for given in inputs)
+            kfac.precondition()
+        kept = [key for sums in kfac.state_dict()["averages"].values() for key in sums]
+        assert ("A_rows" in kept) is rows
+        assert all(torch.equal(given, x) for given in inputs)  # rows are views of the inputs
+        return [p.grad for p in model.parameters()]
+
+    for a, b in zip(preconditioned(True), preconditioned(False), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_rows_are_kept_where_they_are_the_cheaper_form():
+    assert 0 < most_rows(1537, 384) < 1537  # used once: a ViT's tokens, fewer than the side
+    assert most_rows(1537, 384) > most_rows(1537, 50 * 384)  # used often: only if very few
+    assert most_rows(1537, 10**9) < 1537 / 2
+    assert most_rows(1, 1) <= 1

@@ -427,7 +427,7 @@ def test_when_memory_runs_out_the_old_factors_stay_and_fewer_rows_are_used(
         raise torch.OutOfMemoryError("no memory left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"submission.kfac.statistics.{name}", out)
+        patch.setattr(f"submission.kfac.collectors.{name}", out)
         step(model, kfac, x)
     assert kfac.failures["memory"] == 1
     assert "layer '0'" in caplog.text or "layer '2'" in caplog.text

@@ -1,0 +1,287 @@
+"""Collects the sums of one module over the calls and Fisher passes of one recording.
+
+One `Collector` per module: it is told of each call of the module in the forward pass and of each
+would-be gradient of an output in a Fisher pass. Its `sums` are the additive statistics; dividing
+them by the counts is left to `curvature`, after everything has been added up.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import factors
+from .low_rank import most_rows
+from .norms import example_gradients
+from .sharing import Sharing, SharingError, check_segments, count_rows, rows_per_example
+from .statistics import (
+    KroneckerPart,
+    RowPairs,
+    Sums,
+    UnitwisePart,
+    add_rows,
+    empty_factor,
+    empty_unitwise_sums,
+    statistics_dtype,
+)
+
+
+class Collector(ABC):
+    """Collects the sums of one module over the calls and Fisher passes of one recording."""
+
+    part: Any
+
+    def __init__(self) -> None:
+        self.sums: Sums = {}
+        self.sharings: list[Sharing] = []
+        self.positions = "-"
+        self.rows: RowPairs = []
+
+    @property
+    def calls(self) -> int:
+        """How often the module was called in this recording."""
+        return len(self.sharings)
+
+    def sharing_in_words(self) -> str:
+        """For the report: over what the first call's rows were shared."""
+        words = (
+            f"{self.positions} positions" if self.positions not in ("1", "-") else self.positions
+        )
+        if self.sharings[0].is_ragged:
+            words = "ragged rows"
+        return words if self.calls == 1 else f"{words}, {self.calls} calls"
+
+    def hooked(self) -> Iterator[tuple[nn.Module, Collector]]:
+        """The modules whose calls are to be collected, and the collector of each."""
+        yield self.part.module, self
+        for module in getattr(self.part, "also", ()):
+            yield module, self
+
+    @abstractmethod
+    def forward(self, x: Tensor, sharing: Sharing, module: Any) -> None:
+        """Takes the input of one call; the call's number is the count of calls before it.
+
+        `module` is the part's with what this call may have set otherwise, see `Kind.as_called`.
+        """
+
+    @abstractmethod
+    def gradient(self, call: int, g: Tensor) -> None:
+        """Takes a would-be gradient of the output of one call."""
+
+    def end_forward(self) -> None:  # noqa: B027 - most have nothing to finish
+        """All calls of the forward pass have been seen."""
+
+    def end_pass(self, single: bool) -> None:  # noqa: B027
+        """All gradients of one Fisher pass, of one example or of all, have been seen."""
+
+
+class ExpandCollector(Collector):
+    """Sums of K-FAC-expand: every row counts for itself (eq. 7).
+
+    Args:
+        part: the layer.
+        uses: how often an inverse will be applied before it is renewed; then a factor that is a sum
+            over few rows is kept as these rows, `A_rows` or `B_rows` [1, n, side] in place of A or
+            B. None to never do so.
+        keep_rows: `rows` has all rows of inputs and gradients, for the eigenvalue correction.
+    """
+
+    def __init__(
+        self, part: KroneckerPart, uses: int | None = None, keep_rows: bool = False
+    ) -> None:
+        super().__init__()
+        self.part = part
+        weight = part.slices[0].data
+        self._dtype = statistics_dtype(weight)
+        self.sums = {"count": torch.zeros((), dtype=self._dtype, device=weight.device)}
+        self._most = most_rows_of(part, uses)
+        self._keep_rows = keep_rows
+        self._inputs: list[Tensor] = []
+
+    def forward(self, x: Tensor, sharing: Sharing, module: Any) -> None:
+        part = self.part
+        leading = part.kind.leading(module, x, sharing)
+        self.positions = str(leading[-1]) if len(leading) > 1 else "-"
+        joint = part.has_bias and part.joint_bias
+        if part.kind.has_plain_rows and leading.numel() <= self._most["A"]:
+            values = x.to(self._dtype)
+            # The ones go in before padding is taken out, which has none.
+            values = factors.append_ones(values) if joint else values
+            self._add_rows("A", part.kind.input_rows(module, values, sharing))
+        else:
+            part.kind.add_second_moment(self._moment("A"), module, x, sharing, joint)
+        count = count_rows(leading, sharing)
+        if part.has_bias and not part.joint_bias:
+            _corner(self._moment("A")).add_(count)
+        self.sums["count"] += count
+        self.sharings.append(sharing)
+        if self._keep_rows:
+            rows = part.kind.input_rows(module, x, sharing).to(self._dtype)
+            self._inputs.append(factors.append_ones(rows) if part.has_bias else rows)
+
+    def gradient(self, call: int, g: Tensor) -> None:
+        part, sharing = self.part, self.sharings[call]
+        if part.kind.has_plain_rows and g.numel() <= self._most["B"] * part.sides[0]:
+            rows = part.kind.gradient_rows(part.module, g, sharing).to(self._dtype)
+            self._add_rows("B", rows)
+        else:
+            part.kind.add_gradient_moment(self._moment("B"), part.module, g, sharing)
+        if self._keep_rows:
+            rows = part.kind.gradient_rows(part.module, g, sharing).to(self._dtype)
+            self.rows.append((self._inputs[call], rows))
+
+    def _add_rows(self, side: str, rows: Tensor) -> None:
+        add_rows(self.sums, side, rows, False, most=self._most[side])
+
+    def _moment(self, side: str) -> Tensor:
+        """The sum of outer products, made when it is first needed."""
+        if side not in self.sums:
+            kept = self.sums.pop(f"{side}_rows", None)
+            self.sums[side] = empty_factor(self.part, side)
+            if kept is not None:
+                add_rows(self.sums, side, kept, False, most=0)
+        return self.sums[side]
+
+
+class ReduceCollector(Collector):
+    """Sums of K-FAC-reduce: an example's rows over all calls become one (eq. 10, eq. 55).
+
+    With `uses` (see `ExpandCollector`) a factor that is a sum over few rows is kept as these rows:
+    `A_rows` [groups, N, P_in], `B_rows` [groups, N · passes, P_out] in place of A or B.
+    """
+
+    def __init__(
+        self,
+        part: KroneckerPart,
+        ragged_scaling: str,
+        uses: int | None = None,
+        keep_rows: bool = False,
+    ) -> None:
+        super().__init__()
+        self.part = part
+        self.ragged_scaling = ragged_scaling
+        self._most = most_rows_of(part, uses)
+        self._keep_rows = keep_rows
+        self._kept_inputs: Tensor | None = None
+        weight = part.slices[0].data
+        self._dtype = statistics_dtype(weight)
+        self.sums = {"count": torch.zeros((), dtype=self._dtype, device=weight.device)}
+        self._inputs: Tensor | None = None
+        self._gradients: Tensor | None = None
+        self._rows: Tensor | None = None
+        self._gradient_scale: Tensor | None = None
+
+    def forward(self, x: Tensor, sharing: Sharing, module: Any) -> None:
+        part = self.part
+        leading = part.kind.leading(module, x, sharing)
+        self.positions = str(leading[-1]) if len(leading) > 1 else "-"
+        inputs = part.kind.summed_inputs(module, x, sharing, self._dtype)
+        rows = rows_per_example(leading, sharing, inputs)
+        if self._inputs is not None and self._inputs.shape != inputs.shape:
+            raise SharingError(
+                f"its calls in one forward pass had {self._inputs.shape[1]} and {inputs.shape[1]} "
+                "examples; K-FAC-reduce adds them up example by example"
+            )
+        self._inputs = inputs if self._inputs is None else self._inputs + inputs
+        self._rows = rows if self._rows is None else self._rows + rows
+        self.sharings.append(sharing)
+
+    def end_forward(self) -> None:
+        if self._inputs is None or self._rows is None:
+            return
+        part = self.part
+        self.sums["count"] += (self._rows > 0).sum()
+        ragged = any(sharing.is_ragged for sharing in self.sharings)
+        scale, self._gradient_scale = factors.reduce_scales(self._rows, ragged, self.ragged_scaling)
+        rows = self._inputs * scale
+        if part.has_bias:
+            rows = factors.append_ones(rows, self._rows.unsqueeze(-1) * scale)
+        if self._keep_rows:
+            self._kept_inputs = rows
+        separate = part.has_bias and not part.joint_bias
+        self._add_rows("A", rows, part.diagonal_input, keep=not separate)
+        if separate and not part.diagonal_input:
+            self.sums["A"][:, :-1, -1] = 0
+            self.sums["A"][:, -1, :-1] = 0
+        self._inputs = self._rows = None
+
+    def gradient(self, call: int, g: Tensor) -> None:
+        part = self.part
+        total = part.kind.summed_gradients(part.module, g, self.sharings[call], self._dtype)
+        self._gradients = total if self._gradients is None else self._gradients + total
+
+    def end_pass(self, single: bool) -> None:
+        if self._gradients is None:
+            return
+        rows = self._gradients
+        if self._gradient_scale is not None:
+            rows = rows * self._gradient_scale
+        self._add_rows("B", rows, self.part.diagonal_gradient, keep=True)
+        if self._kept_inputs is not None:
+            self.rows.append((self._kept_inputs, rows))
+        self._gradients = None
+
+    def _add_rows(self, side: str, rows: Tensor, diagonal: bool, *, keep: bool) -> None:
+        """Adds the outer products of rows [groups, n, d] to a factor, or keeps the rows."""
+        add_rows(self.sums, side, rows, diagonal, most=self._most[side] if keep else 0)
+
+
+class UnitwiseCollector(Collector):
+    """Sums of per-example gradient products of scale and shift: [1 or 3, units].
+
+    Rows are (γγ), or (γγ, γβ, ββ).
+    """
+
+    def __init__(self, part: UnitwisePart) -> None:
+        super().__init__()
+        self.part = part
+        self.sums = empty_unitwise_sums(part)
+        self._inputs: list[Tensor] = []
+        self._gradients: Tensor | None = None
+
+    def forward(self, x: Tensor, sharing: Sharing, module: Any) -> None:
+        rows = self.part.kind.rows(module, x, sharing)
+        check_segments(rows.shape[0], sharing)
+        self._inputs.append(x)
+        self.sharings.append(sharing)
+        self.sums["count"] += 1
+
+    def gradient(self, call: int, g: Tensor) -> None:
+        part = self.part
+        total = example_gradients(
+            part.kind, part.module, self._inputs[call], g, self.sharings[call], self.sums["F"].dtype
+        )
+        self._gradients = total if self._gradients is None else self._gradients + total
+
+    def end_pass(self, single: bool) -> None:
+        if self._gradients is None:
+            return
+        grads = self._gradients
+        if single:  # BatchNorm carries one example's gradient to the activations of the others
+            grads = grads.sum(1, keepdim=True)
+        first = grads[[0, 0, 1]] if self.part.has_bias else grads
+        second = grads[[0, 1, 1]] if self.part.has_bias else grads
+        self.sums["F"] += (first * second).sum(1)
+        self._gradients = None
+
+
+def _corner(moment: Tensor) -> Tensor:
+    """The entries of A that belong to the bias alone, a view: [groups]."""
+    return moment[:, -1] if moment.dim() == 2 else moment[:, -1, -1]
+
+
+def most_rows_of(part: KroneckerPart, uses: int | None) -> dict[str, int]:
+    """How many rows A and B are kept as, at most; 0 where never."""
+    if uses is None or part.diagonal_input or part.diagonal_gradient:
+        return {"A": 0, "B": 0}
+    out_side, in_side = part.sides
+    separate = part.has_bias and not part.joint_bias
+    return {
+        # A gradient [P_out, P_in] is P_out vectors for A and P_in for B.
+        "A": 0 if separate else most_rows(in_side, uses * out_side),
+        "B": most_rows(out_side, uses * in_side),
+    }
