@@ -316,6 +316,7 @@ class Recording:
                 self._examples[name] = number_of_examples(sharing, x)
                 sharing, used, scale = first_examples(sharing, len(x), share)
                 collector.forward(x[:used], sharing, module)
+                collector.output(y)
             except SharingError as error:
                 raise SharingError(f"layer '{name}': {error}") from None
         call = collector.calls - 1

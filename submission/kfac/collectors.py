@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import factors
 from .low_rank import most_rows
-from .norms import example_gradients
+from .norms import Statistics, example_gradients, kept_statistics
 from .sharing import Sharing, SharingError, check_segments, count_rows, rows_per_example
 from .statistics import (
     KroneckerPart,
@@ -67,6 +67,9 @@ class Collector(ABC):
 
         `module` is the part's with what this call may have set otherwise, see `Kind.as_called`.
         """
+
+    def output(self, y: Tensor) -> None:  # noqa: B027
+        """Takes the output of the call that `forward` was told of last."""
 
     @abstractmethod
     def gradient(self, call: int, g: Tensor) -> None:
@@ -241,6 +244,7 @@ class UnitwiseCollector(Collector):
         self.part = part
         self.sums = empty_unitwise_sums(part)
         self._inputs: list[Tensor] = []
+        self._statistics: list[Statistics | None] = []
         self._gradients: Tensor | None = None
 
     def forward(self, x: Tensor, sharing: Sharing, module: Any) -> None:
@@ -250,10 +254,19 @@ class UnitwiseCollector(Collector):
         self.sharings.append(sharing)
         self.sums["count"] += 1
 
+    def output(self, y: Tensor) -> None:
+        self._statistics.append(kept_statistics(y) if self.part.module.training else None)
+
     def gradient(self, call: int, g: Tensor) -> None:
         part = self.part
         total = example_gradients(
-            part.kind, part.module, self._inputs[call], g, self.sharings[call], self.sums["F"].dtype
+            part.kind,
+            part.module,
+            self._inputs[call],
+            g,
+            self.sharings[call],
+            self.sums["F"].dtype,
+            self._statistics[call],
         )
         self._gradients = total if self._gradients is None else self._gradients + total
 

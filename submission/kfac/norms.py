@@ -8,6 +8,7 @@ no Kronecker approximation. x̂ is recomputed from the layer's input, which auto
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,12 +93,40 @@ def norm_kind_of(module: nn.Module) -> NormKind | None:
     return None
 
 
+Statistics = tuple[Tensor, Tensor]  # mean and reciprocal deviation of each channel
+
+
+def kept_statistics(y: Tensor) -> Statistics | None:
+    """Those of the batch that a BatchNorm has kept for its backward pass, if its output y has any.
+
+    Computing them again would take as long as the layer itself.
+    """
+    node: Any = y.grad_fn
+    if node is None or "BatchNorm" not in node.name():
+        return None
+    found = tuple(getattr(node, f"_saved_result{i}", None) for i in (1, 2))
+    mean, deviation = found
+    if not isinstance(mean, Tensor) or not isinstance(deviation, Tensor):
+        return None
+    return (mean, deviation) if mean.numel() == deviation.numel() == y.shape[1] else None
+
+
 def example_gradients(
-    kind: NormKind, module: nn.Module, x: Tensor, g: Tensor, sharing: Sharing, dtype: torch.dtype
+    kind: NormKind,
+    module: nn.Module,
+    x: Tensor,
+    g: Tensor,
+    sharing: Sharing,
+    dtype: torch.dtype,
+    statistics: Statistics | None = None,
 ) -> Tensor:
-    """Would-be gradients of (γ, β), or of γ alone, of each example: [1 or 2, N, units]."""
+    """Would-be gradients of (γ, β), or of γ alone, of each example: [1 or 2, N, units].
+
+    `statistics` are those of the batch in a BatchNorm's call, where they are known.
+    """
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and x.dim() > 2:
-        scale, shift = _batch_norm_gradients(module, x.detach().to(dtype), g.to(dtype))
+        x, g = x.detach().to(dtype), g.to(dtype)
+        scale, shift = _batch_norm_gradients(module, x, g, statistics)
     else:
         x_hat = kind.normalized(module, x.detach())
         g_rows = kind.rows(module, g, sharing).to(dtype)
@@ -109,16 +138,18 @@ def example_gradients(
 
 
 def _batch_norm_gradients(
-    module: nn.modules.batchnorm._BatchNorm, x: Tensor, g: Tensor
+    module: nn.modules.batchnorm._BatchNorm, x: Tensor, g: Tensor, statistics: Statistics | None
 ) -> tuple[Tensor, Tensor]:
     """Σ_r g ⊙ x̂ and Σ_r g of images [N, C, ...]: [N, C] each; x̂ itself is not formed."""
     x, g = x.flatten(2), g.flatten(2)
-    running = None if module.training else module.running_mean
-    mean = x.mean((0, 2)) if running is None else running
-    centred = x - mean.to(x.dtype).unsqueeze(-1)
-    if running is None or module.running_var is None:
-        variance = torch.einsum("ncl,ncl->nc", centred, centred).sum(0) / (x.shape[0] * x.shape[2])
-    else:
-        variance = module.running_var.to(x.dtype)
-    scale = torch.einsum("ncl,ncl->nc", g, centred) * (variance + module.eps).rsqrt()
-    return scale, g.sum(-1)
+    use_batch = module.training or module.running_mean is None
+    if not use_batch:
+        assert module.running_mean is not None
+        assert module.running_var is not None
+        statistics = module.running_mean, (module.running_var + module.eps).rsqrt()
+    elif statistics is None:
+        variance, mean = torch.var_mean(x, (0, 2), correction=0)
+        statistics = mean, (variance + module.eps).rsqrt()
+    mean, deviation = (values.to(x.dtype) for values in statistics)
+    total = g.sum(-1)
+    return (torch.einsum("ncl,ncl->nc", g, x) - mean * total) * deviation, total
