@@ -196,7 +196,10 @@ def _damped_gram(gram: Tensor, added: Tensor) -> Tensor | None:
 
 
 def apply_left(inverse: FactorInverse, gradient: Tensor) -> Tensor:
-    """(factor + εI)⁻¹ · gradient; gradient [groups, d, k]."""
+    """(factor + εI)⁻¹ · gradient, times ε where the factor is low rank (see `scale_of`).
+
+    gradient: [groups, d, k].
+    """
     if "inverse" in inverse:
         return inverse["inverse"] @ gradient
     if "cholesky" in inverse:
@@ -207,12 +210,34 @@ def apply_left(inverse: FactorInverse, gradient: Tensor) -> Tensor:
     inner = rows @ gradient
     if "gram" in inverse:
         inner = torch.cholesky_solve(inner, inverse["gram"])
-    return (gradient - rows.mT @ inner) * inverse["scale"].reshape(-1, 1, 1)
+    return torch.baddbmm(gradient, rows.mT, inner, alpha=-1)
 
 
 def apply_right(gradient: Tensor, inverse: FactorInverse) -> Tensor:
-    """gradient · (factor + εI)⁻¹; gradient [groups, k, d]. The inverse is symmetric."""
-    return apply_left(inverse, gradient.mT).mT
+    """gradient · (factor + εI)⁻¹, times ε where the factor is low rank; gradient [groups, k, d].
+
+    The inverse is symmetric. Not by `apply_left` of the transpose: the result is to lie in memory
+    as the gradient does.
+    """
+    if "inverse" in inverse:
+        return gradient @ inverse["inverse"]
+    if "cholesky" in inverse:
+        return torch.cholesky_solve(gradient.mT, inverse["cholesky"]).mT
+    if "reciprocal" in inverse:
+        return gradient * inverse["reciprocal"].unsqueeze(-2)
+    rows = inverse["rows"]
+    inner = gradient @ rows.mT
+    if "gram" in inverse:
+        inner = torch.cholesky_solve(inner.mT, inverse["gram"]).mT
+    return torch.baddbmm(gradient, inner, rows, alpha=-1)
+
+
+def scale_of(inverse: FactorInverse) -> Tensor | None:
+    """What results of `apply_left` and `apply_right` are to be multiplied by, [groups], or None.
+
+    Left to the end, so that both sides together take one pass over the gradient.
+    """
+    return inverse.get("scale")
 
 
 def eigendecomposition(factor: Tensor, diagonal: bool) -> tuple[Tensor, Tensor | None] | None:

@@ -6,6 +6,7 @@ no memory with the averages, which change in place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from .factor_inverses import (
     apply_right,
     eigendecomposition,
     invert_factors,
+    scale_of,
 )
 from .statistics import DiagonalPart, KroneckerPart, Part, Sums, UnitwisePart, statistics_dtype
 
@@ -193,7 +195,12 @@ def precondition(part: Part, inverse: Inverse, gradient: Tensor) -> Tensor:
         return reciprocal * gradient
     if "A.eigenvalues" in inverse:
         return _precondition_product(inverse, gradient)
-    return apply_right(apply_left(_side(inverse, "B"), gradient), _side(inverse, "A"))
+    a, b = _side(inverse, "A"), _side(inverse, "B")
+    result = apply_right(apply_left(b, gradient), a)
+    scales = [scale for side in (a, b) if (scale := scale_of(side)) is not None]
+    if scales:
+        result.mul_(math.prod(scales[1:], start=scales[0]).reshape(-1, 1, 1))
+    return result
 
 
 def _side(inverse: Inverse, side: str) -> FactorInverse:

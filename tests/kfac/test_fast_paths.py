@@ -196,7 +196,7 @@ def test_a_low_rank_inverse_does_not_return_noise():
     tiny = torch.tensor([1e-12])
     (found,) = invert_factors([Request(rows, tiny, low_rank=True)])
     vector = rows.mT @ torch.randn(4, 1, dtype=torch.float32)
-    result = factor_inverses.apply_left(found, vector)
+    result = found["scale"].reshape(-1, 1, 1) * factor_inverses.apply_left(found, vector)
     exact = torch.linalg.lstsq(rows[0].double().T @ rows[0].double(), vector[0].double()).solution
     assert (result[0].double() - exact).norm() < 0.5 * exact.norm()
     wide = rows.double()
