@@ -122,7 +122,7 @@ def _run_sweep(options: Any, device: torch.device, console: Console) -> list[dic
 def _run_amortised(options: Any, device: torch.device, console: Console) -> list[dict[str, Any]]:
     results = []
     for model in options.models:
-        batch_size = step.batch_sizes(model, options.batch_sizes)[0]
+        batch_size = (options.batch_sizes or [amortised.BATCH_SIZES[model]])[0]
         for interval in options.intervals or [amortised.INTERVALS[model]]:
             result = amortised.measure_amortised(
                 model, batch_size, interval, options.approx, options.repeats, device, console,

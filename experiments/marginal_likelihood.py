@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from experiments import cifar, pictures, results
+from experiments import cifar, photographs, pictures, results
 from experiments.models.wide_resnet import WideResNet
 from experiments.tables import Table, mean_and_error, plus_minus
 from quickstart import images
@@ -200,7 +200,7 @@ def time_large_net(data: ImageData | None, device: torch.device, count: int) -> 
         kron.decompose()
         results.synchronize(device)
         seconds[approx]["eigenvalues"].append(time.perf_counter() - start)
-    pixels = "random pixels" if data is None else f"images of {data.name}"
+    pixels = photographs.DATA if data is None else f"images of {data.name}"
     return {"pixels": pixels, "seconds": seconds}
 
 
@@ -210,10 +210,8 @@ def _large_batch(
     if data is not None:
         members = data.splits["train"][number * LARGE_BATCH :][:LARGE_BATCH]
         return cifar.tensors(data, members, device)
-    generator = torch.Generator().manual_seed(number)
-    x = torch.rand(LARGE_BATCH, 3, 32, 32, generator=generator) * 2 - 1
-    y = torch.randint(10, (LARGE_BATCH,), generator=generator)
-    return x.to(device), y.to(device)
+    x, y = photographs.crops((number + 1) * LARGE_BATCH, device)
+    return x[-LARGE_BATCH:], y[-LARGE_BATCH:]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from torch import nn
 
 from experiments import cifar
 from experiments import update_step_timing as timing
@@ -19,10 +20,10 @@ def options(*flags: str) -> argparse.Namespace:
     return parser.parse_args(["--depth=10", "--width=1", "--repeats=2", "--device=cpu", *flags])
 
 
-def test_run_times_everything_and_says_that_the_data_are_random(tmp_path: Path) -> None:
+def test_run_times_everything_and_says_what_the_data_are(tmp_path: Path) -> None:
     result = timing.run(options("--batch-sizes", "2", "4"), tmp_path, Console(quiet=True))
     (table,) = timing.tables(result)
-    assert "random pixels" in table.title
+    assert "photographs" in table.title
     assert [row[0] for row in table.rows] == ["2", "4"]
     assert all("±" in cell for row in table.rows for cell in (*row[1:4], *row[5:]))
     assert timing.draw(result, tmp_path / "picture.png")
@@ -105,3 +106,33 @@ def test_image_folder(tmp_path: Path) -> None:
     (tmp_path / "test" / "dog").rename(tmp_path / "test" / "wolf")
     with pytest.raises(QuickstartError, match="same names"):
         cifar.load(tmp_path)
+
+
+def test_with_the_fast_paths_off_the_factors_are_the_same() -> None:
+    from experiments.update_step_timing import fast_convolutions_off
+
+    model = nn.Sequential(nn.Conv2d(8, 4, 3, 2, 1), nn.Conv2d(4, 3, 3, padding=1), nn.Flatten(2))
+    model.append(nn.AdaptiveAvgPool1d(1)).append(nn.Flatten())
+    x = torch.randn(20, 8, 9, 9)
+    for approx in ("expand", "reduce"):
+        options = {"likelihood": "categorical", "kfac_approx": approx, "fisher_type": "type-2"}
+        fast = kronecker_factors(model, x, **options)
+        with fast_convolutions_off():
+            plain = kronecker_factors(model, x, **options)
+        for name, block in plain.items():
+            torch.testing.assert_close(
+                fast[name].input_covariance, block.input_covariance, rtol=1e-4, atol=1e-5
+            )
+
+
+def test_crops_of_photographs_have_the_shape_of_cifar() -> None:
+    from experiments import photographs
+
+    x, y = photographs.crops(100, torch.device("cpu"))
+    assert x.shape == (100, 3, 32, 32)
+    assert float(x.min()) >= -1
+    assert float(x.max()) <= 1
+    assert set(y.tolist()) <= set(range(10))
+    assert torch.equal(photographs.crops(7, torch.device("cpu"))[0], x[:7])
+    with pytest.raises(ValueError, match="crops of photographs, not"):
+        photographs.crops(10**6, torch.device("cpu"))
