@@ -62,7 +62,7 @@ def _sum_of_patches(
     x: Tensor, geometry: tuple[convolution.DimensionGeometry, ...], groups: int
 ) -> Tensor:
     """What `convolution.patch_sum` computes, from the patches themselves."""
-    parts = x.split(16)  # examples, so that patches need little memory
+    parts = torch.split(x, 16)  # examples, so that patches need little memory
     summed = torch.cat([convolution.patches(part, geometry).sum(-1) for part in parts])
     return summed.reshape(len(x), groups, -1).movedim(1, 0)
 

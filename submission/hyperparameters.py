@@ -82,7 +82,7 @@ class Hyperparameters:
 
     kfac_approx: str = _tunable(choices=(*KFAC_APPROXES, "none"))
     update_rule: str = _tunable(choices=tuple(UPDATE_RULES))
-    learning_rate: float = _tunable(above=0, at_most=1e30)  # a float32
+    learning_rate: float = _tunable(above=0, at_most=3e38)  # a float32
 
     beta1: float = _tunable(0.9, at_least=0, below=1)
     beta2: float = _tunable(0.999, at_least=0, below=1)

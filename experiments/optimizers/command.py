@@ -33,8 +33,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help=f"of {', '.join(NAMES)} (default: all)")  # fmt: skip
     add("--methods", nargs="+", metavar="METHOD", choices=tuple(METHODS), default=list(METHODS),
         help=f"of {', '.join(METHODS)} (default: all)")  # fmt: skip
-    add("--phases", nargs="+", choices=study.PHASES, default=["tuning", "seeds", "timing"],
-        help="default: tuning seeds timing")  # fmt: skip
+    add("--phases", nargs="+", choices=study.PHASES, default=list(study.PHASES[:-1]),
+        help="default: all but the ablation")  # fmt: skip
     add("--seeds", type=int, default=3, help="number of seeds after tuning (default: 3)")
     add("--steps", type=int, help="length of every run (default: the task's own)")
     add("--small", action="store_true", help="tiny nets and short runs, to try the command")
@@ -82,6 +82,8 @@ def run(options: argparse.Namespace, folder: Path, console: Console) -> dict[str
             }
             if set(points) - set(timing.read(plan.folder, task.name, task.setting)):
                 timing.write(plan.folder, task, points, options.timing_rounds)
+    if "search_space" in options.phases:
+        study.do_all(plan.folder, plan.search_space(), tell)
     if "ablation" in options.phases:
         study.do_all(plan.folder, plan.ablation(), tell)
     return {"logs": str(plan.folder), "settings": [task.setting for task in tasks]}

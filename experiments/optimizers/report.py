@@ -20,6 +20,7 @@ from experiments.tables import Table, mean_and_error, plus_minus
 
 REFERENCE = "nadamw"
 RIVAL = "soap"
+SEARCHED_REFERENCES = ("nesterov", "nadamw", "soap")
 OURS = tuple(name for name in METHODS if name.startswith("kfac_"))
 
 
@@ -32,6 +33,7 @@ def tables(tasks: Sequence[TaskLogs], folder: Path) -> list[Table]:
             if reference in task.seeds:
                 found.append(to_target(task, reference, seconds))
         found += [*tuning(task), *ablations(task)]
+    found += searched(tasks)
     if len(tasks) > 1:
         found += carrying(tasks)
     return found
@@ -124,6 +126,32 @@ def ablations(task: TaskLogs) -> list[Table]:
     at = ", ".join(f"{what} {value}" for what, value in ablation.base_values(base).items())
     return [Table(f"{title(task)}: one setting of {name} changed at a time; base: {at}", header,
                   tuple(rows))]  # fmt: skip
+
+
+def searched(tasks: Sequence[TaskLogs]) -> list[Table]:
+    """The submission's search space against tuned references, tuning runs on both sides."""
+    rows = []
+    for task in tasks:
+        for reference in SEARCHED_REFERENCES:
+            if not task.search_space or reference not in task.tuning:
+                continue
+            chosen = task.chosen(reference)
+            own = chosen.first_at(chosen.best) if chosen.best is not None else None
+            if own is None:
+                continue
+            hits = [log.first_at(chosen.best) for log in task.search_space]  # type: ignore[arg-type]
+            steps = [hit.step for hit in hits if hit is not None]
+            fewest = f"{min(steps)} ({min(steps) / own.step:.2f})" if steps else "-"
+            rows.append(
+                (task.name, METHODS[reference].label, f"{chosen.best:.3f}", str(own.step), fewest,
+                 f"{len(steps)}/{len(hits)}")
+            )  # fmt: skip
+    header = (
+        "task", "reference, best of its eight points", "its best metric", "its steps",
+        "steps of the best point of the space (ratio)", "points that reach it",
+    )  # fmt: skip
+    name = "The submission's search space on all tasks: steps to the references' best"
+    return [Table(name, header, tuple(rows))] if rows else []
 
 
 def carrying(tasks: Sequence[TaskLogs]) -> list[Table]:

@@ -3,17 +3,20 @@
 1. *Tuning*: every point of every method, one run each with a seed of its own.
 2. *Seeds*: the point whose tuning run had the best metric, with the seeds of the study.
 3. *Timing*: steps of all methods taken in turns, since other work on the machine changes speeds.
-4. *Ablation*: one setting of the best of ours changed at a time.
+4. *Search space*: the points of tuning_search_space.json, one run each with the seed of tuning.
+5. *Ablation*: one setting of the best of ours changed at a time.
 
 A run that has a log is not done again.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments import results
 from experiments.optimizers import ablation, logs
 from experiments.optimizers.logs import Log, Run
 from experiments.optimizers.methods import METHODS, Method, Point, find, point_key
@@ -21,7 +24,8 @@ from experiments.optimizers.tasks import Task
 from experiments.optimizers.training import train
 
 TUNING_SEED = 100
-PHASES = ("tuning", "seeds", "timing", "ablation")
+PHASES = ("tuning", "seeds", "timing", "search_space", "ablation")
+SEARCH_SPACE = "search_space"
 
 
 @dataclass
@@ -54,6 +58,13 @@ class Study:
                     point = chosen_point(self.folder, task, METHODS[name])
                     if point is not None:
                         yield task, Run(task.name, task.setting, name, point, seed)
+
+    def search_space(self) -> Iterator[tuple[Task, Run]]:
+        """The points that the submission ships, on every task."""
+        points = json.loads((results.ROOT / "tuning_search_space.json").read_text("utf-8"))
+        for task in self.tasks:
+            for point in points:
+                yield task, Run(task.name, task.setting, SEARCH_SPACE, point, TUNING_SEED)
 
     def ablation(self) -> Iterator[tuple[Task, Run]]:
         """The base of the ablation and its changes, with the study's seeds."""

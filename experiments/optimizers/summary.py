@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from experiments.optimizers.logs import Log
 from experiments.optimizers.methods import METHODS, Point, point_key
-from experiments.optimizers.study import TUNING_SEED, best_of
+from experiments.optimizers.study import SEARCH_SPACE, TUNING_SEED, best_of
 from experiments.tables import mean_and_error
 
 
@@ -19,6 +19,7 @@ class TaskLogs:
         tuning: method -> its tuning runs, in the order of its points; complete ones only.
         seeds: method -> the runs of its chosen point, by seed.
         ablation: point key -> the runs with that point, by seed.
+        search_space: the runs of the submission's search space.
     """
 
     task: str
@@ -28,6 +29,7 @@ class TaskLogs:
     tuning: Mapping[str, Sequence[Log]]
     seeds: Mapping[str, Sequence[Log]]
     ablation: Mapping[str, Sequence[Log]]
+    search_space: Sequence[Log]
 
     @property
     def name(self) -> str:
@@ -69,7 +71,7 @@ def _task_logs(found: Sequence[Log]) -> TaskLogs:
     first = found[0]
     return TaskLogs(
         first.run.task, first.run.setting, first.metric, first.higher_is_better,
-        tuning, seeds, ablation,
+        tuning, seeds, ablation, [log for log in found if log.run.method == SEARCH_SPACE],
     )  # fmt: skip
 
 
