@@ -69,6 +69,8 @@ class Recording:
         examples_share: this share of the examples, the first, enters the factors of linear layers
             (not norms), where the first dimension counts the examples; see `out_of_memory`.
 
+        called: is told the name of every layer that is called, before its statistics are taken.
+
     Attributes:
         sums: part name -> sums.
         out_of_memory: what was being done when memory ran out, in words; None if it did not. The
@@ -85,6 +87,7 @@ class Recording:
         keep_rows: bool = False,
         watched: Iterable[Part] = (),
         examples_share: float = 1.0,
+        called: Callable[[str], None] | None = None,
     ) -> None:
         self.sums: dict[str, Sums] = {}
         self.out_of_memory: str | None = None
@@ -103,6 +106,7 @@ class Recording:
         self._listening = False
         self._heard = False
         self._examples_share = examples_share
+        self._called = called
         self._watched = [p for p in watched if isinstance(p, KroneckerPart | UnitwisePart)]
         self._watched_calls = {part.name: 0 for part in self._watched}
         for part in parts:
@@ -307,6 +311,8 @@ class Recording:
         self._edges.append(self._remember(x, y))
         if self.out_of_memory is not None:
             return y
+        if self._called is not None:
+            self._called(name)
         x = x.detach().movedim(batch_dim, 0)
         share = self._examples_share if isinstance(collector.part, KroneckerPart) else 1.0
         doing = f"the statistics of layer '{name}' (input {list(x.shape)})"

@@ -213,13 +213,17 @@ class ConvKind(Kind):
         geometry, groups = convolution.geometry_of(module), self.groups(module)
         x = x.to(moment.dtype)
         d = self.sides(module)[1]
-        if shifted_products.is_applicable(geometry) and x.shape[1] // groups >= MIN_CHANNELS:
+        diagonal = moment.dim() == 2
+        if not shifted_products.is_applicable(geometry) or x.shape[1] // groups < MIN_CHANNELS:
+            full = convolution.patch_second_moment(x, geometry, groups)
+        elif diagonal:
             full = shifted_products.second_moment(x, geometry, groups)
         else:
-            full = convolution.patch_second_moment(x, geometry, groups)
-        if moment.dim() == 2:  # diagonal
+            full = None
+            shifted_products.add_second_moment(moment[:, :d, :d], x, geometry)
+        if full is not None and diagonal:
             moment[:, :d] += full.diagonal(dim1=-2, dim2=-1)
-        else:
+        elif full is not None:
             moment[:, :d, :d] += full
         if ones:
             count = self.leading(module, x, sharing).numel()

@@ -176,9 +176,18 @@ class KFAC:
             watched=self._parts.watched,
             examples_share=self._state.examples_share,
             compiled=self._compiled,
+            called=self._forget_average,
         ) as recordings:
             yield
         self._recordings = recordings
+
+    def _forget_average(self, name: str) -> None:
+        """A part is being called: without a moving average the new sums take its average's memory.
+
+        If this update fails its inverse stays in use.
+        """
+        if self.config.factor_decay == 0 and self._accumulated is None:
+            self._state.averages.pop(name, None)
 
     def _split(self) -> None:
         before = {part.name: type(part) for part in self._parts.partition.parts}

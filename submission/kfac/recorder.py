@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -38,6 +38,7 @@ def record(
     watched: Iterable[Part],
     examples_share: float,
     compiled: bool,
+    called: Callable[[str], None],
 ) -> Iterator[dict[str, Recording]]:
     """Records the forward pass inside, once for each list of parts (name -> recording).
 
@@ -45,7 +46,7 @@ def record(
 
     Args:
         compiled: whether the model is known to be compiled.
-        watched, examples_share: see `Recording`.
+        watched, examples_share, called: see `Recording`.
 
     Raises:
         SharingError: `sharing` names a layer that there is not.
@@ -62,6 +63,7 @@ def record(
             keep_rows=config.eigenvalue_correction,
             watched=watched,
             examples_share=examples_share,
+            called=called,
         )
         for name, own in parts.items()
     }

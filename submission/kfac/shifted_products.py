@@ -13,6 +13,7 @@ Fourier transforms (see `correlations`), which pays where there are several exam
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -52,16 +53,24 @@ def is_applicable(geometry: tuple[DimensionGeometry, ...]) -> bool:
 
 def second_moment(x: Tensor, geometry: tuple[DimensionGeometry, ...], groups: int) -> Tensor:
     """Σ over examples and positions of patch patchᵀ: [N, C, *spatial] -> [groups, d, d]."""
+    d = x.shape[1] // groups * math.prod(g.kernel for g in geometry)
+    moment = x.new_zeros(groups, d, d)
+    add_second_moment(moment, x, geometry)
+    return moment
+
+
+def add_second_moment(moment: Tensor, x: Tensor, geometry: tuple[DimensionGeometry, ...]) -> None:
+    """Adds the second moment of all patches of x to a moment [groups, d, d], in place."""
     if len(geometry) == 1:
         flat = DimensionGeometry(1, 1, 1, (0, 0), "zeros")
-        return second_moment(x.unsqueeze(2), (flat, geometry[0]), groups)
+        add_second_moment(moment, x.unsqueeze(2), (flat, geometry[0]))
+        return
     rows, columns = (_Axis.of(g, s) for g, s in zip(geometry, x.shape[2:], strict=True))
+    groups = len(moment)
     channels = x.shape[1] // groups
     kernel = (rows.kernel, columns.kernel)
     shifts = list(_shifts(*kernel))
     pixels = [(dy * rows.dilation, dx * columns.dilation) for dy, dx in shifts]
-    d = channels * rows.kernel * columns.kernel
-    moment = x.new_empty(groups, d, d)
     for group in range(groups):
         part = x[:, group * channels : (group + 1) * channels]
         whole = correlations(part, pixels)
@@ -69,8 +78,7 @@ def second_moment(x: Tensor, geometry: tuple[DimensionGeometry, ...], groups: in
         for shift, offset, total in zip(shifts, pixels, whole, strict=True):
             _fill_blocks(blocks, _BorderProducts(part, offset), rows, columns, shift, total)
         by_channel = moment[group].view(channels, *kernel, channels, *kernel)
-        by_channel.copy_(blocks.permute(4, 0, 1, 5, 2, 3))
-    return moment
+        by_channel += blocks.permute(4, 0, 1, 5, 2, 3)
 
 
 def _shifts(rows: int, columns: int) -> Iterator[Shift]:
