@@ -7,9 +7,10 @@ for Modern Neural Network Architectures", NeurIPS 2023, arXiv 2311.00636. Needs 
 from .config import KFACConfig
 from .curvature import Curvature, DiagonalCurvature, KroneckerFactors, UnitwiseCurvature
 from .eigenvalue_correction import EigenvalueCorrectedFactors
+from .failures import KFACError
 from .functional import curvature, kronecker_factors
 from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
-from .preconditioner import KFAC, KFACError
+from .preconditioner import KFAC
 from .sharing import Positions, RaggedBatch, Segments, SharingError
 
 __all__ = [

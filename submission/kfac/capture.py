@@ -9,8 +9,6 @@ each output's gradient to the collector and lets it go.
 
 from __future__ import annotations
 
-import difflib
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,9 +32,9 @@ from .sharing import (
     Sharing,
     SharingError,
     SharingRule,
+    first_examples,
     number_of_examples,
     resolve,
-    unknown_names,
 )
 from .statistics import (
     DiagonalPart,
@@ -422,35 +420,6 @@ def make_collector(
     return ReduceCollector(part, ragged_scaling, uses, keep_rows and is_correctable(part))
 
 
-def check_names(rule: SharingRule, recording: Recording) -> None:
-    """Whether all names of a mapping are those of layers.
-
-    Raises:
-        SharingError: one is not.
-    """
-    names = recording.names
-    for name in unknown_names(rule, names):
-        near = difflib.get_close_matches(name, names, n=3) or names[:5]
-        raise SharingError(
-            f"sharing names '{name}', which is no layer of the model (nor the beginning of the "
-            f"name of one, up to a dot); there are {', '.join(near)}, ..."
-        )
-
-
 def hooked_modules(part: KroneckerPart | UnitwisePart) -> list[nn.Module]:
     """The modules whose calls count as calls of a part."""
     return [part.module, *getattr(part, "also", ())]
-
-
-def first_examples(sharing: Sharing, total: int, share: float) -> tuple[Sharing, int, float]:
-    """Restricts a call to a share of its examples, where their number is the first dimension's.
-
-    Returns:
-        (the sharing of these, how many, what gradients are multiplied by: √(total / how many)).
-    """
-    if share >= 1 or not isinstance(sharing, Positions) or sharing.batch_dim or total < 2:
-        return sharing, total, 1.0
-    used = max(1, int(total * share))
-    if sharing.mask is not None:
-        sharing = replace(sharing, mask=sharing.mask[:used])
-    return sharing, used, math.sqrt(total / used)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from .accumulation import completed
-from .capture import Recording, check_names
+from .capture import Recording
 from .curvature import Curvature, KroneckerFactors, as_curvature, average_sums
 from .likelihoods import Likelihood, as_likelihood, sampling_seed
 from .partition import demote_uncalled, partition, unwrap
 from .passes import fisher_passes
+from .recorder import check_names
 from .setting import detect_setting
 from .sharing import SharingRule
 from .statistics import KroneckerPart

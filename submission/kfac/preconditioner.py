@@ -34,6 +34,7 @@ from .config import KFACConfig, check_damping
 from .curvature import Curvature, as_curvature
 from .distributed import Reduction
 from .eigenbasis_adam import turn_second_moments
+from .failures import Trouble, account
 from .gradient_rules import make_state_batches, write_eigenbasis_steps, write_preconditioned
 from .likelihoods import Likelihood, as_likelihood, sampling_seed
 from .model_parts import ModelParts
@@ -41,16 +42,12 @@ from .partition import unwrap
 from .passes import fisher_passes
 from .recorder import is_compiled, record
 from .report import ReportRow, format_report, report_rows
-from .setting import detect_setting
+from .setting import detect_setting, warn_of_folded_positions
 from .sharing import SharingRule
 from .state import KFACState
 from .statistics import Part
 
 logger = logging.getLogger(__name__)
-
-
-class KFACError(RuntimeError):
-    """Training cannot go on: too many updates in a row failed."""
 
 
 class KFAC:
@@ -243,7 +240,8 @@ class KFAC:
             recording.find_other_uses(logits)
         if self._state.called is None:
             self._find_called_layers(recording)
-            self._warn_of_folded_positions(recording, likelihood, logits)
+            if self._sharing is None and self._state.approx == "reduce":
+                warn_of_folded_positions(recording.examples, likelihood, logits)
         if recording.out_of_memory is None:
             passes = fisher_passes(
                 likelihood,
@@ -285,24 +283,6 @@ class KFAC:
                 "K-FAC: not called as modules in the first recorded pass, or used besides these "
                 "calls, so their parameters have a curvature of their own: %s",
                 ", ".join(part.name for part in self._parts.uncalled),
-            )
-
-    def _warn_of_folded_positions(
-        self, recording: Recording, likelihood: Likelihood, logits: Tensor
-    ) -> None:
-        """Says where positions seem to be taken for examples, which matters to K-FAC-reduce."""
-        if self._sharing is not None or self._state.approx != "reduce":
-            return
-        outputs = logits.shape[likelihood.example_dim(logits)]
-        odd = [name for name, number in recording.examples.items() if number != outputs]
-        if odd:
-            logger.warning(
-                "K-FAC-reduce: the outputs are for %d examples, but layers have another number of "
-                "them (%s: %d): if several rows of a layer belong to one example, say so "
-                "(record(sharing=...))",
-                outputs,
-                ", ".join(odd[:5]) + (", ..." if len(odd) > 5 else ""),
-                recording.examples[odd[0]],
             )
 
     def reduce_factors(self) -> None:
@@ -349,7 +329,7 @@ class KFAC:
         """
         start = time.perf_counter()
         self._recordings = {}  # one that was not used keeps a graph alive
-        troubles: list[tuple[str, str]] = []  # kind, message
+        troubles: list[Trouble] = []
         accumulated = self._take_in(troubles)
         factors_done = time.perf_counter()
         renew = self.inverses_due or not self._state.inverses
@@ -363,7 +343,7 @@ class KFAC:
             )
             if lost:
                 names = ", ".join(f"'{name}'" for name in lost)
-                troubles.append(("inverse", f"the factors of {names} could not be inverted"))
+                troubles.append(Trouble("inverse", f"the factors of {names} could not be inverted"))
             turn_second_moments(
                 self._state.moments, self._parts.partition.parts, old, self._state.inverses
             )
@@ -381,7 +361,7 @@ class KFAC:
         self._state.step += 1
         self._state.seconds["factors"] += factors_done - start
         self._state.seconds["inverses"] += time.perf_counter() - factors_done
-        self._account(troubles, updated=accumulated is not None)
+        account(self._state, troubles, updated=accumulated is not None, config=self.config)
 
     def _preconditioned(self) -> list[Part]:
         """The parts that are not trained by their raw gradient."""
@@ -389,7 +369,7 @@ class KFAC:
         raw = partition.reasons if self.config.fallback == "gradient" else {}
         return [part for part in partition.parts if part.name not in raw]
 
-    def _take_in(self, troubles: list[tuple[str, str]]) -> Accumulated | None:
+    def _take_in(self, troubles: list[Trouble]) -> Accumulated | None:
         """Takes the step's statistics, summed over ranks, into the averages.
 
         Returns them if they were good, otherwise adds to the troubles.
@@ -416,10 +396,10 @@ class KFAC:
             share = f"{100 * self._state.examples_share:g} %"
             where = accumulated.out_of_memory or "the factors of another rank"
             message = f"memory ran out in {where}; from now on {share} of the examples are used"
-            troubles.append(("memory", message))
+            troubles.append(Trouble("memory", message))
         else:
             message = "the batch gave non-finite statistics or had no valid label"
-            troubles.append(("statistics", message))
+            troubles.append(Trouble("statistics", message))
         return None
 
     def _promote(self, names: list[str]) -> None:
@@ -428,26 +408,6 @@ class KFAC:
             self._state.called += names
             self._split()
             logger.info("K-FAC: called for the first time, now layers: %s", ", ".join(names))
-
-    def _account(self, troubles: list[tuple[str, str]], *, updated: bool) -> None:
-        """Counts what went wrong in a step: an update with any trouble is one failure in a row."""
-        state = self._state
-        if not troubles:
-            if updated:
-                state.failures_in_a_row = 0
-            return
-        for kind, message in troubles:
-            state.failures[kind] += 1
-            logger.warning(
-                "K-FAC step %d: %s; the previous ones stay in use", state.step - 1, message
-            )
-        state.failures_in_a_row += 1
-        if state.failures_in_a_row >= self.config.max_failures:
-            raise KFACError(
-                f"{state.failures_in_a_row} K-FAC updates in a row failed, the last because "
-                f"{troubles[-1][1]}. Lower the learning rate or raise the damping (now "
-                f"{state.damping:g})."
-            )
 
     # ---- adaptive damping -------------------------------------------------------------------
 

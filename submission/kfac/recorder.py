@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -11,9 +12,9 @@ import torch
 from torch import nn
 
 from . import distributed
-from .capture import Recording, check_names
+from .capture import Recording
 from .config import KFACConfig
-from .sharing import SharingRule
+from .sharing import SharingError, SharingRule, unknown_names
 from .statistics import Part
 
 
@@ -98,3 +99,18 @@ def _uncompiled() -> Any:
     if set_stance is None or "torch._dynamo" not in sys.modules:  # nothing is compiled then
         return nullcontext()
     return set_stance("force_eager")
+
+
+def check_names(rule: SharingRule, recording: Recording) -> None:
+    """Whether all names of a mapping are those of layers.
+
+    Raises:
+        SharingError: one is not.
+    """
+    names = recording.names
+    for name in unknown_names(rule, names):
+        near = difflib.get_close_matches(name, names, n=3) or names[:5]
+        raise SharingError(
+            f"sharing names '{name}', which is no layer of the model (nor the beginning of the "
+            f"name of one, up to a dot); there are {', '.join(near)}, ..."
+        )

@@ -8,12 +8,15 @@ have dimensions left, or they do not.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
 
 from .likelihoods import Categorical, Likelihood
 from .sharing import RaggedBatch, Segments, SharingRule
+
+logger = logging.getLogger(__name__)
 
 
 def detect_setting(
@@ -41,6 +44,27 @@ def detect_setting(
     if positions.numel() > 1:
         return "expand", f"every example has {positions.numel()} positions with a loss of their own"
     return "reduce", "every example has one loss term for all its positions"
+
+
+def warn_of_folded_positions(
+    examples: Mapping[str, int], likelihood: Likelihood, logits: Tensor
+) -> None:
+    """Says where positions seem to be taken for examples, which matters to K-FAC-reduce.
+
+    Args:
+        examples: layer name -> number of examples that it had.
+    """
+    outputs = logits.shape[likelihood.example_dim(logits)]
+    odd = [name for name, number in examples.items() if number != outputs]
+    if odd:
+        logger.warning(
+            "K-FAC-reduce: the outputs are for %d examples, but layers have another number of "
+            "them (%s: %d): if several rows of a layer belong to one example, say so "
+            "(record(sharing=...))",
+            outputs,
+            ", ".join(odd[:5]) + (", ..." if len(odd) > 5 else ""),
+            examples[odd[0]],
+        )
 
 
 def _segments(rule: SharingRule) -> Iterator[Segments]:

@@ -15,8 +15,9 @@ All functions here are free of host synchronisation: counts stay tensors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -251,3 +252,17 @@ def rows_per_example(leading: torch.Size, sharing: Sharing, like: Tensor) -> Ten
     counts = like.new_zeros(sharing.num_segments)
     counts.index_add_(0, sharing.ids, like.new_ones(sharing.rows))
     return counts if sharing.segment_mask is None else counts * sharing.segment_mask
+
+
+def first_examples(sharing: Sharing, total: int, share: float) -> tuple[Sharing, int, float]:
+    """Restricts a call to a share of its examples, where their number is the first dimension's.
+
+    Returns:
+        (the sharing of these, how many, what gradients are multiplied by: √(total / how many)).
+    """
+    if share >= 1 or not isinstance(sharing, Positions) or sharing.batch_dim or total < 2:
+        return sharing, total, 1.0
+    used = max(1, int(total * share))
+    if sharing.mask is not None:
+        sharing = replace(sharing, mask=sharing.mask[:used])
+    return sharing, used, math.sqrt(total / used)
