@@ -5,18 +5,20 @@ hook sees them. While a forward pass is recorded, their `forward` is replaced by
 which computes the same values with every linear map visible: it hands the map's input and output
 to `tap`. Add a `Fused` to `FUSED` to support another module.
 
-Where tensors saved for the backward pass go through hooks (activation checkpointing, offloading),
-the module stays as it is: its forward pass may be run again later, and must then be the same.
+Inside an activation checkpoint the module stays as it is: its forward pass is run again later, when
+nothing is recorded, and must then be the same.
 """
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -77,7 +79,7 @@ class Unrolled:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output."""
-        if saves_through_hooks():
+        if inside_checkpoint():
             return type(self._module).forward(self._module, *args, **kwargs)
         return self._fused.forward(self._module, self._tap, *args, **kwargs)
 
@@ -87,9 +89,14 @@ class Unrolled:
         return y
 
 
-def saves_through_hooks() -> bool:
-    """Whether autograd hands what it saves to hooks, as inside a checkpoint."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+def inside_checkpoint() -> bool:
+    """Whether `torch.utils.checkpoint` is among the callers."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def unroll(module: nn.Module, tap: Tap) -> None:
