@@ -18,7 +18,7 @@ from typing import Any
 from .kfac import KFACConfig
 from .kfac.config import FALLBACKS, FISHER_TYPES, KFAC_APPROXES, SMALLEST_DAMPING
 from .kfac.damping import DAMPING_KINDS
-from .kfac.factors import RAGGED_SCALINGS
+from .kfac.factors import PRECISIONS, RAGGED_SCALINGS
 from .optimizers import UPDATE_RULES
 from .schedules import SCHEDULES
 
@@ -115,6 +115,7 @@ class Hyperparameters:
     early_updates: bool = _tunable(True)
     joint_bias: bool = _tunable(True)
     ragged_scaling: str = _tunable("sqrt", choices=tuple(RAGGED_SCALINGS))
+    factor_precision: str = _tunable("float32", choices=tuple(PRECISIONS))
     max_factor_side: int = _tunable(8192, at_least=1)
     fallback: str = _tunable("diagonal", choices=FALLBACKS)
     max_failures: int = _tunable(100, at_least=1)

@@ -44,6 +44,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "scikit-learn carries")  # fmt: skip
     add("--downloads", type=Path, default=results.DEFAULT_DATA_DIR,
         help="folder for molecules and text from the package registry (default: data)")  # fmt: skip
+    add("--continue", action="store_true", dest="go_on",
+        help="begin with the runs that docs/optimizers.md was made from")  # fmt: skip
     add("--device", default=results.default_device())
 
 
@@ -59,6 +61,10 @@ def run(options: argparse.Namespace, folder: Path, console: Console) -> dict[str
         for name in options.tasks
     ]  # fmt: skip
     plan = study.Study(folder / "runs", tasks, options.methods, range(1, options.seeds + 1))
+
+    if options.go_on:
+        taken = logs.unpack(results.ROOT / "docs" / "data" / "optimizers.jsonl.gz", plan.folder)
+        console.print(f"{taken} runs are taken over")
 
     def tell(number: int, total: int, log: Log) -> None:
         value = "-" if log.best is None else f"{log.best:.4f}"

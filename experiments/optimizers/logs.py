@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import fcntl
+import gzip
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -160,6 +161,47 @@ def read(path: Path) -> Log:
 def read_all(folder: Path) -> list[Log]:
     """All logs below a folder, in the order of their paths."""
     return [read(path) for path in sorted(folder.glob("*/*/*_seed*.json"))]
+
+
+def pack(folder: Path, archive: Path) -> int:
+    """Writes all logs below a folder, and the timings, into one file; returns their number.
+
+    The same logs give the same file, byte for byte.
+
+    Raises:
+        QuickstartError: the file cannot be written.
+    """
+    paths = [*sorted(folder.glob("*/*/*_seed*.json")), *sorted(folder.glob("*/timing.json"))]
+    lines = [
+        json.dumps({path.relative_to(folder).as_posix(): json.loads(path.read_text("utf-8"))})
+        for path in paths
+    ]
+    packed = gzip.compress("\n".join(lines).encode(), mtime=0)
+    with writing(archive) as temporary:
+        temporary.write_bytes(packed)
+    return len(lines)
+
+
+def unpack(archive: Path, folder: Path) -> int:
+    """Puts the logs of an archive into a folder, where they are missing; returns how many.
+
+    Raises:
+        QuickstartError: the archive is damaged, or the folder cannot be written.
+    """
+    try:
+        lines = gzip.decompress(archive.read_bytes()).decode().splitlines()
+        found = dict(pair for line in lines for pair in json.loads(line).items())
+    except (OSError, EOFError, ValueError) as error:
+        raise QuickstartError(f"{archive} cannot be read ({error})") from error
+    written = 0
+    for name, content in found.items():
+        path = folder / name
+        inside = path.resolve().is_relative_to(folder.resolve())
+        if inside and not path.exists():
+            with writing(path) as temporary:
+                temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            written += 1
+    return written
 
 
 @contextmanager

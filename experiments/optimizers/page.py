@@ -1,4 +1,4 @@
-"""docs/optimizers.md and its picture, from the logs of a study.
+"""docs/optimizers.md and its picture, from the logs of a study, which it packs beside them.
 
     python -m experiments.optimizers.page [--folder DIR] [--docs DIR]
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from experiments import results
 from experiments.optimizers import ablation, report
 from experiments.optimizers.draw import curves
-from experiments.optimizers.logs import Log, read_all
+from experiments.optimizers.logs import Log, pack, read_all
 from experiments.optimizers.methods import METHODS, POINTS, WARMUP_FRACTION
 from experiments.optimizers.study import TUNING_SEED
 from experiments.optimizers.summary import TaskLogs, group
@@ -24,6 +24,7 @@ from quickstart.errors import QuickstartError, run_reporting_errors, writing
 
 FINDINGS = Path(__file__).with_name("findings.md")
 PICTURE = Path("pictures") / "optimizers.png"
+ARCHIVE = Path("data") / "optimizers.jsonl.gz"  # the logs, see `--continue` of the command
 
 
 def page(tasks: Sequence[TaskLogs], found: Sequence[Log], folder: Path, picture: bool) -> str:
@@ -44,7 +45,8 @@ def how(tasks: Sequence[TaskLogs], found: Sequence[Log]) -> str:
     """How the figures came about: budgets, seeds, what is missing."""
     lines = [
         "## How it was measured\n",
-        "This page is made from logs alone; `./run.sh experiments optimizers` writes them. "
+        "This page is made from logs alone; `./run.sh experiments optimizers` writes them, and "
+        f"with `--continue` goes on from those of this page (`docs/{ARCHIVE.as_posix()}`). "
         f"Every method was tuned with {POINTS} points, one run each with seed {TUNING_SEED}; the "
         "point with the best metric then ran with other seeds, and figures are mean ± standard "
         "error over those. All runs of a task have the same length, for each seed the same first "
@@ -108,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = options.docs / "optimizers.md"
     with writing(path) as temporary:
         temporary.write_text(page(tasks, found, options.folder, picture), encoding="utf-8")
+    pack(options.folder, options.docs / ARCHIVE)
     print(path)
     return 0
 

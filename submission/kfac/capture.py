@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .collectors import Collector, ExpandCollector, ReduceCollector, UnitwiseCollector
 from .eigenvalue_correction import is_correctable
+from .factors import products_in
 from .fused import fused_of, roll_up, unroll
 from .graph import GraphError, Tap, earliest, gradients, is_differentiated, leaves_beside
 from .parameters import LinearView
@@ -68,6 +69,7 @@ class Recording:
             (not norms), where the first dimension counts the examples; see `out_of_memory`.
 
         called: is told the name of every layer that is called, before its statistics are taken.
+        precision: of the products behind the factors, see `factors.PRECISIONS`.
 
     Attributes:
         sums: part name -> sums.
@@ -86,6 +88,7 @@ class Recording:
         watched: Iterable[Part] = (),
         examples_share: float = 1.0,
         called: Callable[[str], None] | None = None,
+        precision: str = "float32",
     ) -> None:
         self.sums: dict[str, Sums] = {}
         self.out_of_memory: str | None = None
@@ -105,6 +108,7 @@ class Recording:
         self._heard = False
         self._examples_share = examples_share
         self._called = called
+        self._precision = precision
         self._watched = [p for p in watched if isinstance(p, KroneckerPart | UnitwisePart)]
         self._watched_calls = {part.name: 0 for part in self._watched}
         for part in parts:
@@ -160,7 +164,7 @@ class Recording:
             roll_up(module, tap)
         self._unrolled.clear()
         if exc_type is None:
-            with self._memory_watched("the statistics of the inputs"), torch.no_grad():
+            with self._collecting("the statistics of the inputs"):
                 for collector in self._collectors.values():
                     collector.end_forward()
         else:
@@ -314,7 +318,7 @@ class Recording:
         x = x.detach().movedim(batch_dim, 0)
         share = self._examples_share if isinstance(collector.part, KroneckerPart) else 1.0
         doing = f"the statistics of layer '{name}' (input {list(x.shape)})"
-        with self._memory_watched(doing), torch.no_grad():
+        with self._collecting(doing):
             try:
                 sharing = known or resolve(self._sharing, name, len(x))
                 self._examples[name] = number_of_examples(sharing, x)
@@ -331,11 +335,17 @@ class Recording:
                 return
             g = g.detach().movedim(batch_dim, 0)
             doing = f"the statistics of layer '{name}' (gradient {list(g.shape)})"
-            with self._memory_watched(doing), torch.no_grad():
+            with self._collecting(doing):
                 collector.gradient(call, g if scale == 1 else g[:used] * scale)
 
         tapped: Tensor = Tap.apply(y, callback)  # type: ignore[no-untyped-call]
         return tapped
+
+    @contextmanager
+    def _collecting(self, doing: str) -> Iterator[None]:
+        """Statistics are taken inside."""
+        with self._memory_watched(doing), products_in(self._precision), torch.no_grad():
+            yield
 
     @contextmanager
     def _memory_watched(self, doing: str) -> Iterator[None]:
@@ -383,7 +393,7 @@ class Recording:
                 "no recorded layer is in the graph of the logits: they belong to another forward "
                 "pass than the last one inside record(), or were computed from detached outputs"
             )
-        with self._memory_watched("the statistics of the gradients"), torch.no_grad():
+        with self._collecting("the statistics of the gradients"):
             for collector in self._collectors.values():
                 collector.end_pass(which.single)
             if parameters:

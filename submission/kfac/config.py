@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from .damping import DAMPING_KINDS
-from .factors import RAGGED_SCALINGS
+from .factors import PRECISIONS, RAGGED_SCALINGS
 from .placements import PLACEMENTS
 
 KFAC_APPROXES = ("expand", "reduce", "auto")
@@ -44,6 +44,7 @@ class KFACConfig:
         early_updates: within the first interval also update at steps 1, 2, 4, 8, ...
         joint_bias: treat weight and bias as one matrix; otherwise as two blocks.
         ragged_scaling: see `factors.RAGGED_SCALINGS`.
+        factor_precision: see `factors.PRECISIONS`.
         max_factor_side: larger sides keep only the diagonal of their factor; parameters outside
             layers with more entries than the square of it keep a mean for each row.
         exclude: names of modules whose layers (and those inside them) are not K-FAC layers.
@@ -71,6 +72,7 @@ class KFACConfig:
     early_updates: bool = True
     joint_bias: bool = True
     ragged_scaling: str = "sqrt"
+    factor_precision: str = "float32"
     max_factor_side: int = 8192
     exclude: tuple[str, ...] = ()
     fallback: str = "diagonal"
@@ -83,6 +85,7 @@ class KFACConfig:
         _check_choice("fisher_type", self.fisher_type, FISHER_TYPES)
         _check_choice("damping_kind", self.damping_kind, tuple(DAMPING_KINDS))
         _check_choice("ragged_scaling", self.ragged_scaling, tuple(RAGGED_SCALINGS))
+        _check_choice("factor_precision", self.factor_precision, tuple(PRECISIONS))
         _check_choice("fallback", self.fallback, FALLBACKS)
         _check_choice("direction", self.direction, tuple(DIRECTIONS))
         self._check_eigenbasis()

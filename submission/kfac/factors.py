@@ -17,8 +17,19 @@ A joint bias is a column of ones appended to the rows before anything else.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
+
+PRECISIONS = {
+    "float32": "as the statistics are, float64 for float64 parameters",
+    "tf32": "float32 sums of products of TF32 numbers (10 bits), on GPUs that have them",
+    "bfloat16": "float32 sums of products of bfloat16 numbers (8 bits), of linear layers' rows",
+}
+ROWS_PER_SUM = 1024  # of bfloat16 products, where the device cannot give their sum in float32
+_rounds_to_bfloat16 = False
 
 RAGGED_SCALINGS: dict[str, tuple[float, float]] = {
     # exponents (p, q): a summed and divided by R_n^p, g summed and divided by R_n^q; p + q = 1.
@@ -26,6 +37,34 @@ RAGGED_SCALINGS: dict[str, tuple[float, float]] = {
     "mean_sum": (1.0, 0.0),
     "sum_mean": (0.0, 1.0),
 }
+
+
+@contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """Inside, products of float32 rows are computed as `PRECISIONS` says."""
+    global _rounds_to_bfloat16
+    matmul = torch.backends.cuda.matmul
+    before = _rounds_to_bfloat16, matmul.allow_tf32
+    _rounds_to_bfloat16 = precision == "bfloat16"
+    if precision == "tf32":
+        matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        _rounds_to_bfloat16 = before[0]
+        if precision == "tf32":
+            matmul.allow_tf32 = before[1]
+
+
+def _add_product(moment: Tensor, left: Tensor, right: Tensor) -> None:
+    """moment += leftᵀ right in place, for rows [n, d] and [n, e]."""
+    if not _rounds_to_bfloat16 or moment.dtype != torch.float32:
+        moment.addmm_(left.mT, right)
+        return
+    left, right = left.bfloat16(), right.bfloat16()
+    for first in range(0, len(left), ROWS_PER_SUM):
+        rows = slice(first, first + ROWS_PER_SUM)
+        moment += left[rows].mT @ right[rows]
 
 
 def add_outer_products(moment: Tensor, rows: Tensor) -> None:
@@ -47,13 +86,13 @@ def _add_symmetric(moment: Tensor, rows: Tensor) -> None:
     """moment += rowsᵀ rows for symmetric moment [d, d]: the lower left is copied, not computed."""
     side = moment.shape[0]
     if side < SMALLEST_SPLIT_SIDE:
-        moment.addmm_(rows.mT, rows)
+        _add_product(moment, rows, rows)
         return
     half = side // 2
     first, second = rows[:, :half], rows[:, half:]
     _add_symmetric(moment[:half, :half], first)
     _add_symmetric(moment[half:, half:], second)
-    moment[:half, half:].addmm_(first.mT, second)
+    _add_product(moment[:half, half:], first, second)
     moment[half:, :half].copy_(moment[:half, half:].mT)
 
 

@@ -65,6 +65,7 @@ def record(
             watched=watched,
             examples_share=examples_share,
             called=called,
+            precision=config.factor_precision,
         )
         for name, own in parts.items()
     }

@@ -276,3 +276,19 @@ def test_text_and_images_as_tasks() -> None:
     images = Images("vit", Length(2, 1, 8), torch.device("cpu"), data, {"width": 3}, build)
     assert images.setting["validation_images"] == len(data.splits["validation"])
     assert 0 <= images.evaluate(images.make_model(0)) <= 1
+
+
+def test_logs_are_packed_and_taken_over(tmp_path: Path) -> None:
+    first, second, archive = tmp_path / "first", tmp_path / "second", tmp_path / "runs.jsonl.gz"
+    for seed in (1, 2):
+        logs.write(first, log("nadamw", seed, [0.5, 0.6]))
+    assert logs.pack(first, archive) == 2
+    packed = archive.read_bytes()
+    assert logs.pack(first, archive) == 2
+    assert archive.read_bytes() == packed
+    assert logs.unpack(archive, second) == 2
+    assert logs.unpack(archive, second) == 0
+    assert logs.read_all(second) == logs.read_all(first)
+    archive.write_bytes(b"no archive")
+    with pytest.raises(QuickstartError, match="cannot be read"):
+        logs.unpack(archive, second)

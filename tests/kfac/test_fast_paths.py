@@ -250,3 +250,45 @@ def test_rows_are_kept_where_they_are_the_cheaper_form():
     assert most_rows(1537, 384) > most_rows(1537, 50 * 384)  # used often: only if very few
     assert most_rows(1537, 10**9) < 1537 / 2
     assert most_rows(1, 1) <= 1
+
+
+# ---- precision of the products -------------------------------------------------------------------
+
+
+def factors_in(precision, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 500)).to(dtype)
+    x = torch.randn(3000, 20, dtype=dtype)
+    kfac = KFAC(model, KFACConfig(factor_precision=precision, factor_decay=0.5))
+    with kfac.record():
+        logits = model(x)
+    kfac.update(logits, "categorical")
+    logits.sum().backward()
+    kfac.precondition()
+    return kfac.curvature()
+
+
+def test_bfloat16_products_have_the_error_of_their_entries_only():
+    exact, rounded = factors_in("float32"), factors_in("bfloat16")
+    for name, block in exact.items():
+        for key in ("input_covariance", "gradient_covariance"):
+            truth, found = getattr(block, key), getattr(rounded[name], key)
+            assert found.dtype == torch.float32
+            error = (found - truth).norm() / truth.norm()
+            assert 1e-6 < error < 2**-7
+
+
+def test_the_precision_changes_neither_float64_nor_what_others_compute():
+    for name, block in factors_in("bfloat16", torch.float64).items():
+        assert torch.equal(
+            block.input_covariance, factors_in("float32", torch.float64)[name].input_covariance
+        )
+    before = torch.backends.cuda.matmul.allow_tf32
+    with factors.products_in("tf32"):
+        assert torch.backends.cuda.matmul.allow_tf32
+        with factors.products_in("bfloat16"):
+            assert factors._rounds_to_bfloat16
+    assert torch.backends.cuda.matmul.allow_tf32 == before
+    assert not factors._rounds_to_bfloat16
+    with pytest.raises(ValueError, match="factor_precision must be one of"):
+        KFACConfig(factor_precision="float8")
