@@ -367,7 +367,7 @@ cmd_experiments() {
 }
 
 cmd_benchmarks() {
-  ready quickstart
+  ready experiments # which have the peers
   run exec "$VENV/bin/python" -m benchmarks "$@"
 }
 

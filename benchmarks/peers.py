@@ -43,7 +43,7 @@ def peer_version(name: str) -> str | None:
 def _load(name: str) -> Any:
     if peer_version(name) is None:
         raise PeerError(
-            f"{PACKAGES[name]} is not installed: pip install -r requirements/benchmarks.txt"
+            f"{PACKAGES[name]} is not installed: ./run.sh benchmarks installs it"
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
