@@ -42,9 +42,7 @@ def peer_version(name: str) -> str | None:
 
 def _load(name: str) -> Any:
     if peer_version(name) is None:
-        raise PeerError(
-            f"{PACKAGES[name]} is not installed: ./run.sh benchmarks installs it"
-        )
+        raise PeerError(f"{PACKAGES[name]} is not installed: ./run.sh benchmarks installs it")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return import_module(name)
