@@ -97,7 +97,8 @@ class Run:
     def restore_buffers(self, model: nn.Module) -> None:
         """Puts the running statistics back, after a forward pass that must not count."""
         buffers = [b for b in model.buffers() if not b.is_sparse]
-        if buffers:
+        same = [b.shape for b in buffers] == [b.shape for b in self._buffers]
+        if buffers and same:  # a forward pass may make buffers of its own
             torch._foreach_copy_(buffers, self._buffers)
 
     def accepts(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .statistics import KroneckerPart, Part, UnitwisePart
+from .statistics import DiagonalPart, KroneckerPart, Part, UnitwisePart
 
 # Gradients of more entries are worked on alone, by type of device. A CPU is full at about 180×180.
 LARGEST_ENTRIES = {"cpu": 1 << 15}
@@ -118,7 +118,8 @@ def _key(part: Part, own: Tensors) -> object:
     data = [piece.data for piece in part.slices]
     device = data[0].device
     limit = LARGEST_ENTRIES.get(device.type, LARGEST_ENTRIES_ELSEWHERE)
-    if sum(value.numel() for value in data) > limit:
+    by_row = isinstance(part, DiagonalPart) and part.by_row
+    if by_row or sum(value.numel() for value in data) > limit:
         return part.name
     layout = _layout(part, own)
     tensors = tuple(

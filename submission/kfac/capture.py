@@ -410,11 +410,14 @@ class Recording:
                 add_squares(part, self.sums[part.name], grad)
 
     def release(self) -> None:
-        """Lets go of the graph and of all tensors but the sums."""
+        """Lets go of the graph and of all tensors; who needs the sums has taken them."""
         self._edges.clear()
         self._below.clear()
-        self._collectors.clear()
+        self._collectors = {}
         self._modules.clear()
+        self._diagonals.clear()
+        self._watched.clear()
+        self.sums = {}
 
 
 def make_collector(

@@ -114,7 +114,7 @@ class ExpandCollector(Collector):
             values = x.to(self._dtype)
             # The ones go in before padding is taken out, which has none.
             values = factors.append_ones(values) if joint else values
-            self._add_rows("A", part.kind.input_rows(module, values, sharing))
+            self._add_rows("A", own_copy(part.kind.input_rows(module, values, sharing), x))
         else:
             part.kind.add_second_moment(self._moment("A"), module, x, sharing, joint)
         count = count_rows(leading, sharing)
@@ -124,7 +124,7 @@ class ExpandCollector(Collector):
         self.sharings.append(sharing)
         if self._keep_rows:
             rows = part.kind.input_rows(module, x, sharing).to(self._dtype)
-            self._inputs.append(factors.append_ones(rows) if part.has_bias else rows)
+            self._inputs.append(factors.append_ones(rows) if part.has_bias else own_copy(rows, x))
 
     def gradient(self, call: int, g: Tensor) -> None:
         part, sharing = self.part, self.sharings[call]
@@ -285,6 +285,12 @@ class UnitwiseCollector(Collector):
 def _corner(moment: Tensor) -> Tensor:
     """The entries of A that belong to the bias alone, a view: [groups]."""
     return moment[:, -1] if moment.dim() == 2 else moment[:, -1, -1]
+
+
+def own_copy(rows: Tensor, x: Tensor) -> Tensor:
+    """The rows, copied if they are a view of x, which its owner may write into before their use."""
+    shared = rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    return rows.clone() if shared else rows
 
 
 def most_rows_of(part: KroneckerPart, uses: int | None) -> dict[str, int]:

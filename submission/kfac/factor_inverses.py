@@ -72,17 +72,11 @@ def invert_factors(requests: Sequence[Request]) -> list[FactorInverse | None]:
         elif request.form == "low rank":
             found[i] = _invert_low_rank(request)
         else:
-            factor = request.factor
-            kind = factor.device.type
-            large = factor.shape[-1] > LARGEST_BATCHED_SIDE.get(
-                kind, LARGEST_BATCHED_SIDE_ELSEWHERE
-            )
-            key = i if large else (factor.shape[-1], factor.dtype, factor.device, request.form)
-            together.setdefault(key, []).append(i)
+            together.setdefault(_batch_key(i, request), []).append(i)
     groups = list(together.values())
     tried = [_try_dense([requests[i] for i in group]) for group in groups]
     # The only place that waits for the device.
-    good = torch.stack([ok for _, ok in tried]).tolist() if tried else []
+    good = torch.stack([ok.to(tried[0][1].device) for _, ok in tried]).tolist() if tried else []
     for group, (results, _), fine in zip(groups, tried, good, strict=True):
         for i, result in zip(group, results, strict=True):
             found[i] = result if fine else _invert_with_care(requests[i])

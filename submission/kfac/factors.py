@@ -18,7 +18,8 @@ A joint bias is a column of ones appended to the rows before anything else.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,17 +44,33 @@ RAGGED_SCALINGS: dict[str, tuple[float, float]] = {
 def products_in(precision: str) -> Iterator[None]:
     """Inside, products of float32 rows are computed as `PRECISIONS` says."""
     global _rounds_to_bfloat16
-    matmul = torch.backends.cuda.matmul
-    before = _rounds_to_bfloat16, matmul.allow_tf32
+    before = _rounds_to_bfloat16
     _rounds_to_bfloat16 = precision == "bfloat16"
-    if precision == "tf32":
-        matmul.allow_tf32 = True
+    try:
+        with _tf32() if precision == "tf32" else nullcontext():
+            yield
+    finally:
+        _rounds_to_bfloat16 = before
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """By the switch that this PyTorch has; the old one may not even be read beside the new one."""
+    matmul: Any = torch.backends.cuda.matmul
+    name, on = ("fp32_precision", "tf32") if _has_new_switch() else ("allow_tf32", True)
+    before = getattr(matmul, name)
+    setattr(matmul, name, on)
     try:
         yield
     finally:
-        _rounds_to_bfloat16 = before[0]
-        if precision == "tf32":
-            matmul.allow_tf32 = before[1]
+        setattr(matmul, name, before)
+
+
+def _has_new_switch() -> bool:
+    try:
+        return isinstance(torch.backends.cuda.matmul.fp32_precision, str)
+    except (AttributeError, RuntimeError):
+        return False
 
 
 def _add_product(moment: Tensor, left: Tensor, right: Tensor) -> None:

@@ -147,11 +147,12 @@ def curvature(
         raise torch.OutOfMemoryError(
             f"out of memory in {recording.out_of_memory}; pass fewer examples at a time"
         )
+    sums = recording.sums
     recording.release()
     terms = likelihood.terms(logits.detach(), mask, targets).clamp(min=torch.finfo().tiny)
-    called = {part.name: part for part in parts.parts if part.name in recording.sums}
+    called = {part.name: part for part in parts.parts if part.name in sums}
     return {
-        name: as_curvature(part, average_sums(part, completed(part, recording.sums[name]), terms))
+        name: as_curvature(part, average_sums(part, completed(part, sums[name]), terms))
         for name, part in called.items()
     }
 

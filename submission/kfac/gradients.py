@@ -46,8 +46,10 @@ def write_gradients(parts: Sequence[Part], values: Sequence[Tensor]) -> None:
     for part, value in zip(parts, values, strict=True):
         for piece, new in zip(part.slices, _as_slices(part, value), strict=True):
             if piece.grad is not None:
-                targets.append(as_real(piece.grad))
-                sources.append(new)
+                target = as_real(piece.grad)
+                targets.append(target)
+                # Of the target's own type: the fused copy looks at the types of one side only.
+                sources.append(new.to(target.dtype))
     if targets:
         torch._foreach_copy_(targets, sources)
 

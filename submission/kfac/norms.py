@@ -124,7 +124,9 @@ def example_gradients(
 
     `statistics` are those of the batch in a BatchNorm's call, where they are known.
     """
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) and x.dim() > 2:
+    images = isinstance(module, nn.modules.batchnorm._BatchNorm) and x.dim() > 2
+    if images and isinstance(sharing, Positions) and not sharing.is_ragged:
+        assert isinstance(module, nn.modules.batchnorm._BatchNorm)
         x, g = x.detach().to(dtype), g.to(dtype)
         scale, shift = _batch_norm_gradients(module, x, g, statistics)
     else:
@@ -151,5 +153,5 @@ def _batch_norm_gradients(
         variance, mean = torch.var_mean(x, (0, 2), correction=0)
         statistics = mean, (variance + module.eps).rsqrt()
     mean, deviation = (values.to(x.dtype) for values in statistics)
-    total = g.sum(-1)
-    return (torch.einsum("ncl,ncl->nc", g, x) - mean * total) * deviation, total
+    # Not Σ g x - mean Σ g, which would cancel where the mean is large.
+    return torch.einsum("ncl,ncl->nc", g, x - mean.unsqueeze(-1)) * deviation, g.sum(-1)

@@ -108,7 +108,7 @@ class KFAC:
     @damping.setter
     def damping(self, value: float) -> None:
         check_damping(value)
-        self._state.inverses_stale = self._state.inverses_stale or value != self._state.damping
+        self._state.damping_changed |= value != self._state.damping
         self._state.damping = value
 
     @property
@@ -149,7 +149,7 @@ class KFAC:
         Raises:
             SharingError: it names a layer that there is not.
         """
-        self._recordings = {}
+        self._drop_recordings()
         self._sharing = sharing
         if not self.factors_due:
             yield
@@ -178,12 +178,19 @@ class KFAC:
             yield
         self._recordings = recordings
 
+    def _drop_recordings(self) -> None:
+        """Lets go of recordings that were not used, and of the graphs that they keep alive."""
+        for recording in self._recordings.values():
+            recording.release()
+        self._recordings = {}
+
     def _forget_average(self, name: str) -> None:
         """A part is being called: without a moving average the new sums take its average's memory.
 
         If this update fails its inverse stays in use.
         """
-        if self.config.factor_decay == 0 and self._accumulated is None:
+        alone = distributed.world_size() == 1  # ranks may call different layers
+        if alone and self.config.factor_decay == 0 and self._accumulated is None:
             self._state.averages.pop(name, None)
 
     def _split(self) -> None:
@@ -259,7 +266,8 @@ class KFAC:
         self._accumulated = self._accumulated or Accumulated()
         self._accumulated.add(recording, likelihood.terms(logits.detach(), mask, targets))
         self._state.shared_over.update(recording.shared_over())
-        recording.release()
+        for used in recordings.values():
+            used.release()
         self._state.seconds["factors"] += time.perf_counter() - start
 
     def _decide_setting(
@@ -328,15 +336,17 @@ class KFAC:
             KFACError: `max_failures` updates in a row had to be dropped.
         """
         start = time.perf_counter()
-        self._recordings = {}  # one that was not used keeps a graph alive
+        self._drop_recordings()
         troubles: list[Trouble] = []
         accumulated = self._take_in(troubles)
         factors_done = time.perf_counter()
-        renew = self.inverses_due or not self._state.inverses
-        if not renew and self._state.inverses_stale and self.config.damping_kind == "exact":
+        # All of this is the same on every rank; which inverses a rank holds is not.
+        is_exact = self.config.damping_kind == "exact"
+        renew = self.inverses_due or self._state.inverses_stale
+        if self._state.damping_changed and is_exact and not renew:
             updates.renew_damping(self._state, self._preconditioned(), self.config)
             self._batches = None
-        elif self._state.averages and (renew or self._state.inverses_stale):
+        elif self._state.averages and (renew or self._state.damping_changed):
             old = dict(self._state.inverses)
             lost = updates.renew_inverses(
                 self._state, self._preconditioned(), self._parts.owners, self.config
@@ -510,5 +520,5 @@ class KFAC:
             for name, owner in parts.owners.items():
                 if owner != distributed.rank():
                     restored.inverses.pop(name, None)
-        self._recordings, self._accumulated, self._reduction = {}, None, None
-        self._batches = None
+        self._drop_recordings()
+        self._accumulated, self._reduction, self._batches = None, None, None

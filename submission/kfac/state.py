@@ -34,7 +34,8 @@ class KFACState:
         step: finished steps.
         updates: part name -> factor updates in its moving average.
         corrections: updates of the corrected eigenvalues in the present basis.
-        inverses_stale: whether the damping has changed since the inverses were made.
+        inverses_stale: whether inverses have to be made: there are none yet, or some are missing.
+        damping_changed: whether the damping has changed since the inverses were made.
         failures, failures_in_a_row: updates that were dropped, by kind.
         seconds: time spent, by phase.
         examples_share: share of the examples whose rows enter the factors; halved whenever memory
@@ -52,7 +53,8 @@ class KFACState:
     step: int = 0
     updates: dict[str, int] = field(default_factory=dict)
     corrections: int = 0
-    inverses_stale: bool = False
+    inverses_stale: bool = True
+    damping_changed: bool = False
     failures_in_a_row: int = 0
     failures: dict[str, int] = field(default_factory=_no_failures)
     seconds: dict[str, float] = field(default_factory=_no_seconds)
@@ -80,6 +82,7 @@ class KFACState:
             "updates": dict(self.updates),
             "corrections": self.corrections,
             "inverses_stale": self.inverses_stale,
+            "damping_changed": self.damping_changed,
             "failures_in_a_row": self.failures_in_a_row,
             "failures": dict(self.failures),
             "seconds": dict(self.seconds),
@@ -110,6 +113,7 @@ class KFACState:
             updates={k: int(v) for k, v in saved["updates"].items()},
             corrections=int(saved["corrections"]),
             inverses_stale=bool(saved["inverses_stale"]),
+            damping_changed=bool(saved["damping_changed"]),
             failures_in_a_row=int(saved["failures_in_a_row"]),
             failures={k: int(v) for k, v in saved["failures"].items()},
             seconds={k: float(v) for k, v in saved["seconds"].items()},

@@ -205,5 +205,7 @@ def add_sums(total: Sums, extra: Sums) -> None:
     for key, value in extra.items():
         if key.endswith("_rows"):
             add_rows(total, key[0], value, False, most=value.shape[-1] // 2)
-        else:
+        elif key in total:
             total[key] += value
+        else:
+            total[key] = value  # of a layer that an earlier micro-batch did not call

@@ -107,7 +107,7 @@ def renew_inverses(
         ]
         found.update(exchange_inverses(layers, owners, found, config.damping_kind))
     state.inverses.update({name: found[name] for name in found if name not in names})
-    state.inverses_stale = False
+    state.inverses_stale = state.damping_changed = False
     state.corrections = 0
     return names
 
@@ -119,7 +119,7 @@ def renew_damping(state: KFACState, parts: Sequence[Part], config: KFACConfig) -
         if part.name in state.inverses and part.name in state.averages:
             averages, inverse = state.averages[part.name], state.inverses[part.name]
             state.inverses[part.name] = renewed_damping(part, averages, inverse, settings)
-    state.inverses_stale = False
+    state.damping_changed = False
 
 
 def correct_eigenvalues(

@@ -283,12 +283,14 @@ def test_the_precision_changes_neither_float64_nor_what_others_compute():
         assert torch.equal(
             block.input_covariance, factors_in("float32", torch.float64)[name].input_covariance
         )
-    before = torch.backends.cuda.matmul.allow_tf32
+    with factors.products_in("bfloat16"):
+        assert factors._rounds_to_bfloat16
+    new = factors._has_new_switch()
+    name, on = ("fp32_precision", "tf32") if new else ("allow_tf32", True)
+    before = getattr(torch.backends.cuda.matmul, name)
     with factors.products_in("tf32"):
-        assert torch.backends.cuda.matmul.allow_tf32
-        with factors.products_in("bfloat16"):
-            assert factors._rounds_to_bfloat16
-    assert torch.backends.cuda.matmul.allow_tf32 == before
+        assert getattr(torch.backends.cuda.matmul, name) == on
+    assert getattr(torch.backends.cuda.matmul, name) == before
     assert not factors._rounds_to_bfloat16
     with pytest.raises(ValueError, match="factor_precision must be one of"):
         KFACConfig(factor_precision="float8")

@@ -303,3 +303,26 @@ def test_sparse_gradients_are_left_as_they_are_and_the_report_says_so():
     row = next(row for row in kfac.report() if row.name == "0.weight")
     assert (row.preconditioner, row.memory) == ("raw gradient", 0)
     assert "sparse" in row.reason
+
+
+def test_several_parameters_by_row_are_preconditioned_each_alone():
+    class Tables(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Parameter(torch.randn(100, 4))
+            self.second = nn.Parameter(torch.randn(100, 4))
+
+        def forward(self, index):
+            return self.first[index] + self.second[index] ** 2
+
+    model = Tables()
+    kfac = KFAC(model, KFACConfig(damping=0.1, max_factor_side=10))
+    with kfac.record():
+        logits = model(torch.arange(20))
+    kfac.update(logits, "gaussian")
+    logits.square().sum().backward()
+    plain = [p.grad.clone() for p in model.parameters()]
+    kfac.precondition()
+    diagonals = [kfac.curvature()[name].diagonal for name in ("first", "second")]
+    for p, g, d in zip(model.parameters(), plain, diagonals, strict=True):
+        torch.testing.assert_close(p.grad, g / (d + 0.1))

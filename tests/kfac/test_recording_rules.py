@@ -5,7 +5,7 @@ import torch
 from nets import Mean
 from torch import nn
 
-from submission.kfac import KFAC, KFACConfig, Segments, curvature, kronecker_factors
+from submission.kfac import KFAC, KFACConfig, Positions, Segments, curvature, kronecker_factors
 from submission.kfac.graph import GraphError
 from submission.kfac.likelihoods import Bernoulli, Categorical, Gaussian
 from submission.kfac.sharing import SharingError
@@ -537,3 +537,105 @@ def test_outputs_of_nodes_that_interact_agree_with_samples(kfac_approx):
     for name, block in exact.items():
         difference = block.gradient_covariance - sampled[name].gradient_covariance
         assert difference.norm() < 0.1 * block.gradient_covariance.norm()
+
+
+# ---- what is kept of a recorded pass -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eigenvalue_correction", [False, True])
+def test_an_input_buffer_may_be_used_again_before_the_factors_are(eigenvalue_correction):
+    """Rows that are kept must not be views of an input that the next micro-batch is copied into."""
+
+    def factors_of(reuse):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(40, 30, bias=False), nn.Linear(30, 3))
+        settings = {"damping_kind": "exact", "eigenvalue_correction": True, "factor_decay": 0.5}
+        kfac = KFAC(model, config(damping=0.1, **(settings if eigenvalue_correction else {})))
+        buffer = torch.empty(2, 40)
+        for _ in range(3):
+            given = torch.randn(2, 40)
+            x = buffer.copy_(given) if reuse else given
+            with kfac.record():
+                logits = model(x)
+            kfac.update(logits, "categorical")
+            logits.square().sum().backward()
+        kfac.precondition()
+        return [p.grad for p in model.parameters()]
+
+    for a, b in zip(factors_of(True), factors_of(False), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+def test_a_layer_may_be_called_in_a_later_micro_batch_first(kfac_approx):
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer, self.used = nn.Linear(4, 4), nn.Linear(4, 3), True
+
+        def forward(self, x):
+            return self.outer(self.inner(x) if self.used else x)
+
+    model = Sometimes()
+    kfac = KFAC(model, config(kfac_approx=kfac_approx, factor_decay=0.5))
+    step(model, kfac, torch.randn(6, 4))
+    for used in (False, True):
+        model.used = used
+        with kfac.record():
+            logits = model(torch.randn(6, 4))
+        kfac.update(logits, "categorical")
+        logits.square().mean().backward()
+    kfac.precondition()
+    assert kfac.failures == {"statistics": 0, "inverse": 0, "memory": 0}
+
+
+def test_parameters_that_were_frozen_have_an_inverse_again_at_once():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    seldom = {"factor_update_steps": 10, "inverse_update_steps": 10, "early_updates": False}
+    kfac = KFAC(model, config(damping_kind="exact", factor_decay=0.5, **seldom))
+    for trains in (True, False, True):
+        model[0].requires_grad_(trains)
+        step(model, kfac, torch.randn(6, 4))
+    assert set(kfac.state_dict()["inverses"]) == {"0", "2"}
+
+
+def test_padding_positions_count_in_no_norm_of_images():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3, track_running_stats=False)
+
+        def forward(self, x):
+            return self.norm(x).flatten(1)
+
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    x = torch.randn(2, 3, 3)
+    options = {"likelihood": "gaussian", "kfac_approx": "reduce", "fisher_type": "type-2"}
+    model = Net()
+    seen = curvature(model, x, sharing=Positions(mask=mask), **options)["norm"].blocks
+    without = curvature(model, x, mask=mask.unsqueeze(1).expand(2, 3, 3).reshape(2, 9), **options)[
+        "norm"
+    ].blocks
+    share = mask.sum() / mask.numel()  # of the terms, which the second divides by
+    torch.testing.assert_close(seen, without * share)
+
+
+def test_recordings_that_are_not_used_are_let_go_of():
+    import gc
+
+    from submission.kfac.capture import Recording
+
+    def alive():
+        gc.collect()
+        return sum(
+            isinstance(thing, Recording) and bool(thing._edges) for thing in gc.get_objects()
+        )
+
+    model, before = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), alive()
+    for approx in ("expand", "auto"):
+        kfac = KFAC(model, config(kfac_approx=approx))
+        for _ in range(3):
+            with kfac.record():
+                model(torch.randn(6, 4))
+        step(model, kfac, torch.randn(6, 4))
+        assert alive() == before  # other tests may have left some
