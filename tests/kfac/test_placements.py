@@ -245,3 +245,32 @@ def test_a_single_process_keeps_everything():
 def test_eigenvalue_correction_needs_all_bases():
     with pytest.raises(ValueError, match="eigenvectors on every rank"):
         KFACConfig(eigenvalue_correction=True, damping_kind="exact", inverse_placement="one_rank")
+
+
+def few_layers(rank):
+    """Fewer layers than ranks: one rank has no inverse of its own, ever."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 3))
+    settings = {"factor_update_steps": 10, "inverse_update_steps": 10, "early_updates": False}
+    kfac = KFAC(model, KFACConfig(inverse_placement="one_rank", **settings))
+    for t in range(4):
+        generator = torch.Generator().manual_seed(10 * t + rank)
+        with kfac.record():
+            out = model(torch.randn(6, 5, generator=generator))
+        kfac.update(out, "gaussian")
+        model.zero_grad()
+        out.square().mean().backward()
+        for p in model.parameters():
+            dist.all_reduce(p.grad)
+        kfac.precondition()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.1 * p.grad
+    return {"parameters": model.state_dict(), "inverses": len(kfac.state_dict()["inverses"])}
+
+
+def test_a_rank_that_owns_no_inverse_waits_for_nothing():
+    first, second = on_two_ranks(few_layers)
+    assert {first["inverses"], second["inverses"]} == {0, 1}
+    for key, value in first["parameters"].items():
+        assert torch.equal(value, second["parameters"][key])
