@@ -7,10 +7,9 @@ import torch.multiprocessing as mp
 from processes import joined
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from workload import GraphNet, GraphWorkload, graph_batch
+from workload import GraphNet, GraphWorkload, Squares, graph_batch
 
 from submission import submission
-from submission.algoperf_compat import spec
 from submission.kfac.likelihoods import sampling_seed
 from submission.run import UnwrappedModelError
 
@@ -105,19 +104,6 @@ def test_wrappers_that_come_back_are_taken_as_they_are():
 
 
 # ---- ranks that see different things decide alike ------------------------------------------------
-
-
-class Squares(GraphWorkload):
-    """Squared errors of a vector, with float32's range."""
-
-    loss_type = spec.LossType.MEAN_SQUARED_ERROR
-
-    def model_fn(self, params, augmented_and_preprocessed_input_batch, *args, **kwargs):
-        return params(augmented_and_preprocessed_input_batch["inputs"]), None
-
-    def loss_fn(self, label_batch, logits_batch, mask_batch=None, label_smoothing=0.0):
-        losses = (logits_batch - label_batch).square().sum(-1)
-        return {"summed": losses.sum(), "n_valid_examples": len(losses), "per_example": losses}
 
 
 def overflowing_worker(rank, folder):

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from workload import GraphNet, GraphWorkload, graph_batch
+from workload import GraphNet, GraphWorkload, Squares, graph_batch
 
 from submission import submission
 from submission.algoperf_compat import spec
@@ -309,19 +309,6 @@ def test_ambiguous_batches_train_like_the_sharing_said_by_hand():
 # ---- steps that must not count -----------------------------------------------------------------
 
 
-class Regression(GraphWorkload):
-    """Squared errors of a network with BatchNorm; a target may be too large for float32."""
-
-    loss_type = spec.LossType.MEAN_SQUARED_ERROR
-
-    def model_fn(self, params, augmented_and_preprocessed_input_batch, *args, **kwargs):
-        return params(augmented_and_preprocessed_input_batch["inputs"]), None
-
-    def loss_fn(self, label_batch, logits_batch, mask_batch=None, label_smoothing=0.0):
-        losses = (logits_batch - label_batch).square().sum(-1)
-        return {"summed": losses.sum(), "n_valid_examples": len(losses), "per_example": losses}
-
-
 def regression_batch(t, faulty=False, largest=1e21):
     generator = torch.Generator().manual_seed(t)
     x, y = (torch.randn(16, n, generator=generator) for n in (4, 2))
@@ -335,7 +322,7 @@ def regress(given, faulty_step, total=12, spoil=None):
     model = torch.nn.Sequential(
         torch.nn.Linear(4, 5), torch.nn.BatchNorm1d(5), torch.nn.Tanh(), torch.nn.Linear(5, 2)
     ).float()
-    workload = Regression()
+    workload = Squares()
     state = submission.init_optimizer_state(workload, model, None, given, [0, 0])
     for t in range(total):
         batch = regression_batch(t, t == faulty_step)

@@ -91,3 +91,16 @@ class GraphWorkload:
 
     def has_reached_test_target(self, result):
         return result["test/metric"] > 0.5
+
+
+class Squares(GraphWorkload):
+    """Squared errors of vectors."""
+
+    loss_type = spec.LossType.MEAN_SQUARED_ERROR
+
+    def model_fn(self, params, augmented_and_preprocessed_input_batch, *args, **kwargs):
+        return params(augmented_and_preprocessed_input_batch["inputs"]), None
+
+    def loss_fn(self, label_batch, logits_batch, mask_batch=None, label_smoothing=0.0):
+        losses = (logits_batch - label_batch).square().sum(-1)
+        return {"summed": losses.sum(), "n_valid_examples": len(losses), "per_example": losses}
