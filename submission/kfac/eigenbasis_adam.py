@@ -4,12 +4,14 @@ K-FAC's factors say in which directions the curvature of a layer is diagonal: th
 Q_B ⊗ Q_A. Adam estimates a diagonal. So the second moment of the gradient G [P_out, P_in] is kept
 in that basis, as in SOAP (Vyas et al. 2024), whose basis comes from the gradients themselves:
 
-    M ← β₁ M + (1 - β₁) G                          first moment, not rotated
-    V ← β₂ V + (1 - β₂) (Q_Bᵀ G Q_A)²              second moment in the basis
-    M' = [β₁ M + (1 - β₁) G] / (1 - β₁ᵗ)           looks one step ahead (Nesterov)
-    Δ = Q_B [ Q_Bᵀ M' Q_A / (√(V / (1 - β₂ᵗ)) + ε) ] Q_Aᵀ
+    G' = Q_Bᵀ G Q_A                                the gradient in the basis
+    M ← β₁ M + (1 - β₁) G'                         first moment
+    V ← β₂ V + (1 - β₂) G'²                        second moment
+    M' = [β₁ M + (1 - β₁) G'] / (1 - β₁ᵗ)          looks one step ahead (Nesterov)
+    Δ = Q_B [ M' / (√(V / (1 - β₂ᵗ)) + ε) ] Q_Aᵀ
 
-When the basis turns by R (old to new), V turns along: entry by entry, squares of R are what the
+When the basis turns by R = Qᵀ_old Q_new, the moments turn along: M to R_Bᵀ M R_A, which is what the
+mean of the gradients themselves is in the new basis, and V by the squares of R, which are what the
 variances of uncorrelated entries are mixed with. Parts without factors are trained by Adam.
 """
 
@@ -68,6 +70,12 @@ class AdamStep:
         )
         return cls(total, finite, (weight1, weight2), (correction1, correction2), epsilon)
 
+    def without_faults(self, gradient: Tensor) -> Tensor:
+        """The gradient, or zeros where this step's gradients are not finite."""
+        if gradient.device.type == "cpu" and self.finite:  # known here without waiting
+            return gradient
+        return torch.where(self.finite, gradient, 0)
+
 
 def direction(
     basis: Mapping[str, Tensor], moments: Moments, gradient: Tensor, step: AdamStep
@@ -77,15 +85,15 @@ def direction(
     Args:
         basis: has "A.eigenvectors" [groups, P_in, P_in] and "B.eigenvectors" [groups, P_out,
             P_out]; a side without stays as it is.
-        moments: "first" and "second", in the shape of the gradient; zeros before the first step.
+        moments: "first" and "second" in the basis, in the shape of the gradient; zeros before the
+            first step.
         gradient: in the canonical view (see `gradients`); any shape where there is no basis.
     """
     first, second = moments["first"], moments["second"]
-    gradient = torch.where(step.finite, gradient, 0)
-    rotated = into_basis(basis, gradient)
-    first.lerp_(gradient, step.weights[0])
+    rotated = into_basis(basis, step.without_faults(gradient))
+    first.lerp_(rotated, step.weights[0])
     second.lerp_(rotated.square(), step.weights[1])
-    ahead = into_basis(basis, first.lerp(gradient, step.weights[0]))
+    ahead = first.lerp(rotated, step.weights[0])
     denominator = (second / step.corrections[1]).sqrt_().add_(step.epsilon)
     return out_of_basis(basis, ahead.div_(denominator.mul_(step.corrections[0])))
 
@@ -104,27 +112,32 @@ def out_of_basis(basis: Mapping[str, Tensor], rotated: Tensor) -> Tensor:
     return gradient if q_a is None else gradient @ q_a.mT
 
 
-def turn_second_moments(
+def turn_moments(
     moments: Mapping[str, Moments],
     parts: Sequence[Part],
     old: Mapping[str, Inverse],
     new: Mapping[str, Inverse],
 ) -> None:
-    """Takes the second moments of all parts whose basis has changed to the new one."""
+    """Takes the moments of all parts whose basis has changed to the new one."""
     for part in parts:
         before, after = old.get(part.name, {}), new.get(part.name, {})
         if part.name not in moments or before is after:
             continue
-        second = moments[part.name]["second"]
+        first, second = moments[part.name]["first"], moments[part.name]["second"]
         for side in ("A", "B"):
-            q_before, q_after = (b.get(f"{side}.eigenvectors") for b in (before, after))
-            if q_before is None and q_after is None:
+            turn = _turn(before.get(f"{side}.eigenvectors"), after.get(f"{side}.eigenvectors"))
+            if turn is None:
                 continue
-            if q_before is None or q_after is None:
-                turn = q_after if q_before is None else q_before.mT
-            else:
-                turn = q_before.mT @ q_after
-            assert turn is not None
             squares = turn.square()
-            second = second @ squares if side == "A" else squares.mT @ second
-        moments[part.name]["second"] = second
+            if side == "A":
+                first, second = first @ turn, second @ squares
+            else:
+                first, second = turn.mT @ first, squares.mT @ second
+        moments[part.name].update(first=first, second=second)
+
+
+def _turn(before: Tensor | None, after: Tensor | None) -> Tensor | None:
+    """Qᵀ_old Q_new, where None is the basis of the entries themselves."""
+    if before is None:
+        return after
+    return before.mT if after is None else before.mT @ after

@@ -73,12 +73,14 @@ def _has_new_switch() -> bool:
         return False
 
 
-def _add_product(moment: Tensor, left: Tensor, right: Tensor) -> None:
-    """moment += leftᵀ right in place, for rows [n, d] and [n, e]."""
+def _add_product(moment: Tensor, left: Tensor, right: Tensor, keep: bool) -> None:
+    """moment += leftᵀ right in place (= where not `keep`), for rows [n, d] and [n, e]."""
     if not _rounds_to_bfloat16 or moment.dtype != torch.float32:
-        moment.addmm_(left.mT, right)
+        moment.addmm_(left.mT, right, beta=int(keep))
         return
     left, right = left.bfloat16(), right.bfloat16()
+    if not keep:
+        moment.zero_()
     for first in range(0, len(left), ROWS_PER_SUM):
         rows = slice(first, first + ROWS_PER_SUM)
         moment += left[rows].mT @ right[rows]
@@ -88,28 +90,45 @@ def add_outer_products(moment: Tensor, rows: Tensor) -> None:
     """moment += Σ row rowᵀ in place; moment [..., d, d] or diagonal [..., d], rows [..., n, d]."""
     if moment.dim() == rows.dim() - 1:
         moment.add_(rows.square().sum(-2))
-    elif moment.dim() == 2:
-        _add_symmetric(moment, rows)
-    elif moment.shape[0] == 1:
-        _add_symmetric(moment[0], rows[0])
     else:
-        moment.baddbmm_(rows.mT, rows)
+        _write_outer_products(moment, rows, keep=True)
+
+
+def outer_products(rows: Tensor, diagonal: bool) -> Tensor:
+    """Σ row rowᵀ of rows [groups, n, d]: [groups, d, d], or [groups, d] where diagonal."""
+    if diagonal:
+        return rows.square().sum(-2)
+    groups, _, d = rows.shape
+    # Not zeros that are added to: a factor of few rows costs as much as its memory is touched.
+    moment = rows.new_empty(groups, d, d)
+    _write_outer_products(moment, rows, keep=False)
+    return moment
+
+
+def _write_outer_products(moment: Tensor, rows: Tensor, keep: bool) -> None:
+    """moment += Σ row rowᵀ (= where not `keep`), not diagonal."""
+    if moment.dim() == 2:
+        _write_symmetric(moment, rows, keep)
+    elif moment.shape[0] == 1:
+        _write_symmetric(moment[0], rows[0], keep)
+    else:
+        moment.baddbmm_(rows.mT, rows, beta=int(keep))
 
 
 SMALLEST_SPLIT_SIDE = 384  # below, one product of all columns is faster than three of halves
 
 
-def _add_symmetric(moment: Tensor, rows: Tensor) -> None:
-    """moment += rowsᵀ rows for symmetric moment [d, d]: the lower left is copied, not computed."""
+def _write_symmetric(moment: Tensor, rows: Tensor, keep: bool) -> None:
+    """moment [d, d] += rowsᵀ rows (= where not `keep`): the lower left is copied, not computed."""
     side = moment.shape[0]
     if side < SMALLEST_SPLIT_SIDE:
-        _add_product(moment, rows, rows)
+        _add_product(moment, rows, rows, keep)
         return
     half = side // 2
     first, second = rows[:, :half], rows[:, half:]
-    _add_symmetric(moment[:half, :half], first)
-    _add_symmetric(moment[half:, half:], second)
-    _add_product(moment[:half, half:], first, second)
+    _write_symmetric(moment[:half, :half], first, keep)
+    _write_symmetric(moment[half:, half:], second, keep)
+    _add_product(moment[:half, half:], first, second, keep)
     moment[half:, :half].copy_(moment[:half, half:].mT)
 
 

@@ -93,6 +93,7 @@ def norm_kind_of(module: nn.Module) -> NormKind | None:
     return None
 
 
+CHUNK_ELEMENTS = {"cpu": 1 << 18}  # by type of device; others take all at once
 Statistics = tuple[Tensor, Tensor]  # mean and reciprocal deviation of each channel
 
 
@@ -153,5 +154,12 @@ def _batch_norm_gradients(
         variance, mean = torch.var_mean(x, (0, 2), correction=0)
         statistics = mean, (variance + module.eps).rsqrt()
     mean, deviation = (values.to(x.dtype) for values in statistics)
-    # Not Σ g x - mean Σ g, which would cancel where the mean is large.
-    return torch.einsum("ncl,ncl->nc", g, x - mean.unsqueeze(-1)) * deviation, g.sum(-1)
+    # Not Σ g x - mean Σ g, which would cancel where the mean is large. On a CPU a few images at a
+    # time, so that the difference stays in its cache.
+    most = CHUNK_ELEMENTS.get(x.device.type, x.numel())
+    chunks = (tensor.split(max(1, most // max(1, x[:1].numel()))) for tensor in (x, g))
+    centred = [
+        torch.einsum("ncl,ncl->nc", some_g, some_x - mean.unsqueeze(-1))
+        for some_x, some_g in zip(*chunks, strict=True)
+    ]
+    return torch.cat(centred) * deviation, g.sum(-1)

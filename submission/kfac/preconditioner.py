@@ -33,7 +33,7 @@ from .capture import Recording
 from .config import KFACConfig, check_damping
 from .curvature import Curvature, as_curvature
 from .distributed import Reduction
-from .eigenbasis_adam import turn_second_moments
+from .eigenbasis_adam import turn_moments
 from .failures import Trouble, account
 from .gradient_rules import make_state_batches, write_eigenbasis_steps, write_preconditioned
 from .likelihoods import Likelihood, as_likelihood, sampling_seed
@@ -354,7 +354,7 @@ class KFAC:
             if lost:
                 names = ", ".join(f"'{name}'" for name in lost)
                 troubles.append(Trouble("inverse", f"the factors of {names} could not be inverted"))
-            turn_second_moments(
+            turn_moments(
                 self._state.moments, self._parts.partition.parts, old, self._state.inverses
             )
             self._batches = None

@@ -13,7 +13,7 @@ from .eigenbasis_adam import Moments
 from .inverses import Inverse
 from .statistics import Sums
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 
 
 def _no_failures() -> dict[str, int]:

@@ -137,13 +137,12 @@ def add_rows(sums: Sums, side: str, rows: Tensor, diagonal: bool, *, most: int) 
         rows = torch.cat([kept, rows], -2)
     elif side in sums:
         most = 0
-    groups, n, d = rows.shape
-    if n <= most and not diagonal:
+    if rows.shape[-2] <= most and not diagonal:
         sums[name] = rows
-        return
-    if side not in sums:
-        sums[side] = rows.new_zeros((groups, d) if diagonal else (groups, d, d))
-    factors.add_outer_products(sums[side], rows)
+    elif side not in sums:
+        sums[side] = factors.outer_products(rows, diagonal)
+    else:
+        factors.add_outer_products(sums[side], rows)
 
 
 def empty_unitwise_sums(part: UnitwisePart) -> Sums:

@@ -9,7 +9,7 @@ from nets import Mean
 from torch import nn
 
 from submission.kfac import KFAC, KFACConfig
-from submission.kfac.eigenbasis_adam import AdamStep, direction, turn_second_moments
+from submission.kfac.eigenbasis_adam import AdamStep, direction, out_of_basis, turn_moments
 from submission.kfac.partition import partition
 from submission.optimizers import NAdamW
 
@@ -53,10 +53,26 @@ def test_a_turn_by_a_permutation_moves_the_second_moments_along():
         }
     }
     moments = {"0": {"first": second, "second": second.clone()}}
-    turn_second_moments(moments, linear_part(), old, new)
+    turn_moments(moments, linear_part(), old, new)
     torch.testing.assert_close(moments["0"]["second"], second[:, order_b][:, :, order_a])
-    turn_second_moments(moments, linear_part(), new, new)
+    turn_moments(moments, linear_part(), new, new)
     torch.testing.assert_close(moments["0"]["second"], second[:, order_b][:, :, order_a])
+
+
+def test_a_turn_leaves_the_mean_of_the_gradients_where_it_is():
+    mean, second = torch.randn(1, 2, 3), torch.rand(1, 2, 3)
+    moments = {"0": {"first": mean, "second": second}}
+    old, new = (
+        {"0": {"A.eigenvectors": orthogonal(3)[:1], "B.eigenvectors": orthogonal(2)[:1]}}
+        for _ in range(2)
+    )
+    there = out_of_basis(old["0"], mean)
+    turn_moments(moments, linear_part(), old, new)
+    torch.testing.assert_close(out_of_basis(new["0"], moments["0"]["first"]), there)
+    turn_moments(moments, linear_part(), new, {})  # to no basis: that of the entries
+    torch.testing.assert_close(moments["0"]["first"], there)
+    turn_moments(moments, linear_part(), {}, old)
+    torch.testing.assert_close(moments["0"]["first"], mean)
 
 
 def test_a_turn_gives_the_variances_of_uncorrelated_entries():
@@ -68,7 +84,7 @@ def test_a_turn_gives_the_variances_of_uncorrelated_entries():
     eye = torch.eye(2)[None]
     old = {"0": {"A.eigenvectors": torch.eye(3)[None], "B.eigenvectors": eye}}
     new = {"0": {"A.eigenvectors": q, "B.eigenvectors": eye}}
-    turn_second_moments(moments, linear_part(), old, new)
+    turn_moments(moments, linear_part(), old, new)
     torch.testing.assert_close(moments["0"]["second"], expected, rtol=0.02, atol=0)
     torch.testing.assert_close(moments["0"]["second"].sum(), variances.sum())
 

@@ -124,6 +124,21 @@ def test_symmetric_products_add_to_what_is_there(side, monkeypatch):
     torch.testing.assert_close(moment, before.T @ before + rows.T @ rows)
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("n", [0, 1, 7])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_fresh_moment_has_nothing_of_the_memory_that_it_is_written_to(groups, n, precision):
+    rows = torch.randn(groups, n, 40, dtype=torch.float32)
+    used = torch.full((groups, 40, 40), float("nan"))
+    del used  # its memory is likely to be the next one's
+    with factors.products_in(precision), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(factors, "SMALLEST_SPLIT_SIDE", 16)
+        moment = factors.outer_products(rows, False)
+    close = {"rtol": 0.1, "atol": 0.2} if precision == "bfloat16" else {}
+    torch.testing.assert_close(moment, rows.mT @ rows, **close)
+    torch.testing.assert_close(factors.outer_products(rows, True), rows.square().sum(1))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("seed", range(20))
 def test_a_fault_of_an_input_shows_on_the_diagonal_of_shifted_products(seed, value):
