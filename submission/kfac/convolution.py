@@ -10,11 +10,11 @@ A patch is a row of C_in / groups · prod(kernel) entries in the order of the we
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import factors
 
+MOST_JOINT_COUNTS = 1 << 14  # above, patches are summed one dimension after the other
 FEWEST_SLICED_CHANNELS = 4  # per group; below, gathering is as fast as slicing
 PATCH_CHUNK_ELEMENTS = 1 << 23  # patches are materialised at most this many entries at a time
 
@@ -51,7 +52,7 @@ class DimensionGeometry:
         return self.mode == "zeros" and self.stride == 1
 
 
-@lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=512)
 def source_table(geometry: DimensionGeometry, size: int) -> Tensor:
     """Input index read at kernel offset k by output o: int64 [kernel, outputs], -1 for nothing."""
     g = geometry
@@ -71,7 +72,7 @@ def source_table(geometry: DimensionGeometry, size: int) -> Tensor:
     return padded.flatten().long()[position]
 
 
-@lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=512)
 def read_counts(geometry: DimensionGeometry, size: int) -> Tensor:
     """How often kernel offset k reads input h over all outputs: float64 [kernel, size]."""
     source = source_table(geometry, size)
@@ -79,6 +80,13 @@ def read_counts(geometry: DimensionGeometry, size: int) -> Tensor:
     index = torch.where(source < 0, size, source)
     counts.scatter_add_(1, index, torch.ones_like(index, dtype=torch.float64))
     return counts[:, :size]
+
+
+@functools.lru_cache(maxsize=512)
+def joint_read_counts(geometry: tuple[DimensionGeometry, ...], sizes: tuple[int, ...]) -> Tensor:
+    """How often each kernel offset reads each input, over all dimensions: float64, [Πk, Πsizes]."""
+    counts = [read_counts(g, size) for g, size in zip(geometry, sizes, strict=True)]
+    return functools.reduce(torch.kron, counts)
 
 
 def geometry_of(module: Any) -> tuple[DimensionGeometry, ...]:
@@ -200,11 +208,16 @@ def patch_sum(x: Tensor, geometry: tuple[DimensionGeometry, ...], groups: int) -
     """Σ over positions of the patches, without forming them: [N, C, *spatial] -> [groups, N, d].
 
     Offset k's sum over the outputs is a weighted sum of the inputs that it reads; the weights are
-    the product over dimensions of `read_counts`, so one small matrix product per dimension does it.
+    the product over dimensions of `read_counts`: one matrix product where they are few, otherwise
+    one per dimension.
     """
     n, channels = x.shape[0], x.shape[1] // groups
-    for i in reversed(range(len(geometry))):
-        counts = read_counts(geometry[i], x.shape[2 + i]).to(x)
-        x = (x.movedim(2 + i, -1) @ counts.mT).movedim(-1, 2 + i)
-    side = channels * math.prod(g.kernel for g in geometry)
-    return x.reshape(n, groups, side).movedim(1, 0)
+    offsets = math.prod(g.kernel for g in geometry)
+    if offsets * math.prod(x.shape[2:]) <= MOST_JOINT_COUNTS:
+        counts = joint_read_counts(geometry, x.shape[2:]).to(x)
+        x = x.flatten(2).flatten(0, 1) @ counts.mT
+    else:
+        for i in reversed(range(len(geometry))):
+            counts = read_counts(geometry[i], x.shape[2 + i]).to(x)
+            x = (x.movedim(2 + i, -1) @ counts.mT).movedim(-1, 2 + i)
+    return x.reshape(n, groups, channels * offsets).movedim(1, 0)

@@ -236,11 +236,14 @@ def count_rows(leading: torch.Size, sharing: Sharing) -> Tensor | int:
 def sum_rows(rows: Tensor, sharing: Sharing) -> Tensor:
     """Sum of the rows of each example: [N, R, d] or [rows, d] -> [N, d]; padding contributes 0."""
     check_segments(rows.shape[0], sharing)
-    rows = zero_padding(rows, sharing)
     if isinstance(sharing, Positions):
-        return rows.sum(1)
+        return zero_padding(rows, sharing).sum(1)
     total = rows.new_zeros(sharing.num_segments, rows.shape[-1])
-    return total.index_add_(0, sharing.ids, rows)
+    total.index_add_(0, sharing.ids, rows)
+    if sharing.segment_mask is None:
+        return total
+    # The rows of padding are in no other example's sum.
+    return torch.where(sharing.segment_mask.bool().unsqueeze(-1), total, 0)
 
 
 def rows_per_example(leading: torch.Size, sharing: Sharing, like: Tensor) -> Tensor:

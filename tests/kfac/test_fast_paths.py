@@ -98,8 +98,10 @@ def test_shifted_products_say_what_they_are_not_for(options):
     assert not shifted_products.is_applicable(geometry)
 
 
+@pytest.mark.parametrize("most_joint_counts", [0, 1 << 14])
 @pytest.mark.parametrize("seed", range(20))
-def test_sums_of_patches_are_made_without_patches(seed):
+def test_sums_of_patches_are_made_without_patches(seed, most_joint_counts, monkeypatch):
+    monkeypatch.setattr(convolution, "MOST_JOINT_COUNTS", most_joint_counts)
     layer, x = random_convolution(seed)
     geometry = convolution.geometry_of(layer)
     rows = convolution.patches(x, geometry).sum(-1)
