@@ -1,4 +1,9 @@
-"""What matters: one setting of ours changed at a time, from the point that tuning has chosen."""
+"""What matters: one setting of ours changed at a time, from the point that tuning has chosen.
+
+Two methods are taken apart: Adam in the eigenbasis, which is in the submission's search space, for
+what factors are made of; NAdamW on the preconditioned gradient for what matters only where a
+curvature is inverted.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +14,13 @@ from typing import Any
 from experiments.optimizers.methods import METHODS, Method, Point, build_submission
 
 NAME = "ablation"
-BASE = "kfac_reduce_nadamw"
-METHOD = Method(
-    NAME, "ablation", "submission", METHODS[BASE].points, build_submission
-)  # its points are those of `changes`
-
 # (what is changed, [(value shown, changed settings), ...]); the base's own value is left out.
-CHANGES: tuple[tuple[str, tuple[tuple[str, dict[str, Any]], ...]], ...] = (
+Setting = tuple[str, tuple[tuple[str, dict[str, Any]], ...]]
+
+_MOVING_AVERAGE: Setting = ("moving average", tuple(
+    (f"{decay:g}", {"factor_decay": decay}) for decay in (0.0, 0.5, 0.9, 0.97)
+))  # fmt: skip
+_FACTORS: tuple[Setting, ...] = (
     ("approximation", (
         ("expand", {"kfac_approx": "expand"}), ("reduce", {"kfac_approx": "reduce"}),
     )),
@@ -29,9 +34,16 @@ CHANGES: tuple[tuple[str, tuple[tuple[str, dict[str, Any]], ...]], ...] = (
         (f"{k} and {m} steps", {"factor_update_steps": k, "inverse_update_steps": m})
         for k, m in ((1, 1), (1, 10), (10, 10), (10, 50), (50, 50))
     )),
-    ("moving average", tuple(
-        (f"{decay:g}", {"factor_decay": decay}) for decay in (0.0, 0.5, 0.9, 0.97)
+    _MOVING_AVERAGE,
+    ("ragged scaling", (
+        ("inputs and gradients by √R", {"ragged_scaling": "sqrt"}),
+        ("inputs by R", {"ragged_scaling": "mean_sum"}),
+        ("gradients by R", {"ragged_scaling": "sum_mean"}),
     )),
+    ("bias", (("joint", {"joint_bias": True}), ("apart", {"joint_bias": False}))),
+)  # fmt: skip
+_INVERSES: tuple[Setting, ...] = (
+    _MOVING_AVERAGE,
     ("damping", tuple((f"{d:g}", {"damping": d}) for d in (1e-5, 1e-4, 1e-3, 1e-2))),
     ("damping kind", (
         ("both factors", {"damping_kind": "both_factors"}),
@@ -39,12 +51,6 @@ CHANGES: tuple[tuple[str, tuple[tuple[str, dict[str, Any]], ...]], ...] = (
         ("exact", {"damping_kind": "exact"}),
         ("π-split, relative to the layer", {"damping_kind": "pi", "relative_damping": True}),
     )),
-    ("ragged scaling", (
-        ("inputs and gradients by √R", {"ragged_scaling": "sqrt"}),
-        ("inputs by R", {"ragged_scaling": "mean_sum"}),
-        ("gradients by R", {"ragged_scaling": "sum_mean"}),
-    )),
-    ("bias", (("joint", {"joint_bias": True}), ("apart", {"joint_bias": False}))),
     ("norm parameters", (
         ("curvature of their own", {"fallback": "diagonal"}),
         ("plain gradient", {"fallback": "gradient"}),
@@ -57,6 +63,11 @@ CHANGES: tuple[tuple[str, tuple[tuple[str, dict[str, Any]], ...]], ...] = (
     )),
 )  # fmt: skip
 
+CHANGES = {"kfac_reduce_eigenbasis": _FACTORS, "kfac_reduce_nadamw": _INVERSES}  # by base
+METHOD = Method(
+    NAME, "ablation", "submission", METHODS["kfac_reduce_nadamw"].points, build_submission
+)  # its points are those of `changes`
+
 
 @dataclass(frozen=True)
 class Change:
@@ -67,27 +78,28 @@ class Change:
     point: Point
 
 
-def base_point(chosen: Callable[[Method], Point | None]) -> Point | None:
-    """The chosen point of the method that the ablation starts from; None before it is tuned."""
-    return chosen(METHODS[BASE])
+def base_points(chosen: Callable[[Method], Point | None]) -> dict[str, Point]:
+    """The chosen points of the methods that the ablation starts from; of those that are tuned."""
+    found = ((name, chosen(METHODS[name])) for name in CHANGES)
+    return {name: point for name, point in found if point is not None}
 
 
-def changes(base: Point) -> Iterator[Change]:
-    """The base, then every change that is one."""
+def changes(name: str, base: Point) -> Iterator[Change]:
+    """The base (a point of the method `name`), then every change that is one."""
     yield Change("", "base", base)
     full = {**DEFAULTS, **base}
-    for what, values in CHANGES:
+    for what, values in CHANGES[name]:
         for shown, changed in values:
             if any(full.get(key) != value for key, value in changed.items()):
                 yield Change(what, shown, {**base, **changed})
 
 
-def base_values(base: Point) -> dict[str, str]:
+def base_values(name: str, base: Point) -> dict[str, str]:
     """What the base itself has, by what is changed."""
     full = {**DEFAULTS, **base}
     return {
         what: shown
-        for what, values in CHANGES
+        for what, values in CHANGES[name]
         for shown, changed in values
         if all(full.get(key) == value for key, value in changed.items())
     }

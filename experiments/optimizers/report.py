@@ -99,33 +99,46 @@ def shown(point: Point, among: Sequence[Log]) -> str:
 
 
 def ablations(task: TaskLogs) -> list[Table]:
-    """Each change of the base, its best metric and its steps to the reference's target."""
-    if ablation.BASE not in task.tuning or not task.ablation:
-        return []
-    base = task.chosen(ablation.BASE).run.point
+    """Each change of each base, its best metric and its steps to the reference's target."""
     target = target_of(task.seeds[REFERENCE]) if REFERENCE in task.seeds else None
-    rows = []
-    for change in ablation.changes(base):
-        runs = task.ablation.get(point_key(change.point), ())
-        if not runs:
-            continue
-        steps = "-"
-        if target is not None:
-            own = reached(runs, target)
-            steps = plus_minus(own.steps, 0) if own.all_did else f"{len(own.steps)}/{own.runs}"
-        values = best_values(runs)
-        per_step = [log.outcome.seconds / log.outcome.evaluations[-1].step
-                    for log in runs if log.outcome.evaluations]  # fmt: skip
-        rows.append(
-            (change.what, change.value, str(len(runs)), plus_minus(values) if values else "-",
-             steps, plus_minus(per_step) if per_step else "-")
-        )  # fmt: skip
     goal = f"steps to {METHODS[REFERENCE].label}'s target"
     header = ("changed", "to", "seeds", task.metric, goal, "seconds per step")
-    name = METHODS[ablation.BASE].label
-    at = ", ".join(f"{what} {value}" for what, value in ablation.base_values(base).items())
-    return [Table(f"{title(task)}: one setting of {name} changed at a time; base: {at}", header,
-                  tuple(rows))]  # fmt: skip
+    found = []
+    for method in ablation.CHANGES:
+        if method not in task.tuning:
+            continue
+        base = task.chosen(method).run.point
+        rows = [
+            (change.what, change.value, *_changed(runs, target))
+            for change in ablation.changes(method, base)
+            if (runs := task.ablation.get(point_key(change.point), ()))
+        ]
+        values = ablation.base_values(method, base)
+        at = ", ".join(f"{what} {value}" for what, value in values.items())
+        name = f"one setting of {METHODS[method].label} changed at a time; base: {at}"
+        if rows:
+            found.append(Table(f"{title(task)}: {name}", header, tuple(rows)))
+    return found
+
+
+def _changed(runs: Sequence[Log], target: float | None) -> tuple[str, str, str, str]:
+    """Seeds, metric, steps to the target, seconds per step."""
+    steps = "-"
+    if target is not None:
+        own = reached(runs, target)
+        steps = plus_minus(own.steps, 0) if own.all_did else f"{len(own.steps)}/{own.runs}"
+    values = best_values(runs)
+    per_step = [
+        log.outcome.seconds / log.outcome.evaluations[-1].step
+        for log in runs
+        if log.outcome.evaluations
+    ]
+    return (
+        str(len(runs)),
+        plus_minus(values) if values else "-",
+        steps,
+        plus_minus(per_step) if per_step else "-",
+    )
 
 
 def searched(tasks: Sequence[TaskLogs]) -> list[Table]:

@@ -67,16 +67,17 @@ class Study:
                 yield task, Run(task.name, task.setting, SEARCH_SPACE, point, TUNING_SEED)
 
     def ablation(self) -> Iterator[tuple[Task, Run]]:
-        """The base of the ablation and its changes, with the study's seeds."""
+        """The bases of the ablation and their changes, with the study's seeds."""
         for seed in self.seeds:
             for task in self.tasks:
-                base = ablation.base_point(
+                bases = ablation.base_points(
                     lambda method, task=task: chosen_point(  # type: ignore[misc]
                         self.folder, task, method
                     )
                 )
-                for change in ablation.changes(base) if base is not None else ():
-                    yield task, Run(task.name, task.setting, ablation.NAME, change.point, seed)
+                for name, base in bases.items():
+                    for change in ablation.changes(name, base):
+                        yield task, Run(task.name, task.setting, ablation.NAME, change.point, seed)
 
 
 def chosen_point(folder: Path, task: Task, method: Method) -> Point | None:
