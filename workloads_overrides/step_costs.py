@@ -2,9 +2,9 @@
 
     .venv-algoperf/bin/python -m workloads_overrides.step_costs --clone=.cache/algoperf ogbg cifar
 
-Each figure comes from AlgoPerf's own test of a submission (see `fake_queue`) in a process of its
-own, on this machine, with batches of a few examples: with so few, K-FAC's work on the parameters
-counts for more, and its low-rank factors for less, than in training. Nothing else should run.
+Each method runs AlgoPerf's own test of a submission (see `fake_queue`) in a process of its own,
+with batches of a few examples: work on the parameters alone, such as applying expand's inverses,
+counts for more there than in training. Nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,10 @@ _KFAC = {
 }  # fmt: skip
 POINTS: Mapping[str, Mapping[str, Any]] = {
     "NAdamW": {**_COMMON, "one_minus_beta1": 0.1, "warmup_factor": 0.05, "label_smoothing": 0.0},
-    "K-FAC-reduce": {**_KFAC, "kfac_approx": "reduce"},
-    "K-FAC-expand": {**_KFAC, "kfac_approx": "expand"},
+    "reduce": {**_KFAC, "kfac_approx": "reduce"},
+    "expand": {**_KFAC, "kfac_approx": "expand"},
 }
+_WITH_UPDATES = ("reduce", "expand")
 
 
 def measure(
@@ -50,7 +52,7 @@ def measure(
     """
     submission: Path | str = "submission/submission.py"
     if method == "NAdamW":
-        # The test imports a submission by its path from where it runs: a copy, which is removed.
+        # The test imports a submission by its path from where it runs: a copy.
         submission = Path(f"reference_{workload}.py")
         (folder / submission).write_bytes((clone / REFERENCE).read_bytes())
     point, out = folder / "point.json", folder / f"{workload}, {method}.json"
@@ -78,21 +80,46 @@ def _environment(folder: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def row(outcome: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of the step with an update, median seconds of the others, peak MiB.
+@dataclass(frozen=True)
+class Costs:
+    """What one method costs on one workload.
 
-    The first step is the one with an update; the second still warms up.
+    Attributes:
+        update: seconds of the first step, the one with an update.
+        other: median seconds of the steps after the second, which still warms up.
+        memory: peak MiB of the process.
     """
-    first, _, *others = outcome["step_seconds"]
-    return {
-        "s, step with update": first,
-        "s, other steps": statistics.median(others),
-        "peak MiB": outcome["memory_peak"],
-    }
+
+    update: float
+    other: float
+    memory: float
+
+    @classmethod
+    def of(cls, outcome: Mapping[str, Any]) -> Costs:
+        """From the outcome of `fake_queue`."""
+        first, _, *others = outcome["step_seconds"]
+        return cls(first, statistics.median(others), outcome["memory_peak"])
+
+
+def heading() -> str:
+    """The first two lines of the table."""
+    groups = [
+        ("s a step", POINTS), ("s with an update", _WITH_UPDATES), ("peak MiB", POINTS),
+    ]  # fmt: skip
+    cells = [f"{what}: {method}" for what, methods in groups for method in methods]
+    return f"| workload | {' | '.join(cells)} |\n|---|{'---:|' * len(cells)}"
+
+
+def line(workload: str, found: Mapping[str, Costs]) -> str:
+    """A workload's line; `-` for methods that could not be run."""
+    cells = [f"{found[m].other:.2f}" if m in found else "-" for m in POINTS]
+    cells += [f"{found[m].update:.2f}" if m in found else "-" for m in _WITH_UPDATES]
+    cells += [f"{found[m].memory:,.0f}" if m in found else "-" for m in POINTS]
+    return f"| {workload} | {' | '.join(cells)} |"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a line for each workload and method; returns 1 if one could not be run."""
+    """Prints a line for each workload; returns 1 if one could not be run."""
     parser = argparse.ArgumentParser(prog="workloads_overrides.step_costs", allow_abbrev=False)
     parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=", ".join(WORKLOADS))
     parser.add_argument("--clone", required=True, type=Path, help="folder of AlgoPerf's repository")
@@ -110,29 +137,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--steps must be 3 to {INTERVAL}, not {options.steps}")
     if unknown := set(options.workloads) - set(WORKLOADS):
         parser.error(f"no workload '{min(unknown)}'; there are {', '.join(WORKLOADS)}")
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    failed = False
-    print("| workload | method | s, step with update | s, other steps | peak MiB |")
-    print("|---|---|---:|---:|---:|")
+    everything: dict[str, dict[str, Any]] = {}
+    failures: list[str] = []
+    print(heading(), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "submission").symlink_to(ROOT / "submission")
         for workload in options.workloads or WORKLOADS:
+            found: dict[str, Costs] = {}
             for method in POINTS:
                 try:
                     outcome = measure(
                         clone, workload, method, options.batch_size, options.steps, Path(folder)
                     )
                 except RuntimeError as error:
-                    failed = True
-                    print(f"| {workload} | {method} | {error} | | |", flush=True)
-                    continue
-                figures = found.setdefault(workload, {})[method] = row(outcome)
-                update, other, peak = figures.values()
-                line = f"{update:.2f} | {other:.3f} | {peak:,.0f}"
-                print(f"| {workload} | {method} | {line} |", flush=True)
+                    failures.append(f"{workload}, {method}: {error}")
+                else:
+                    found[method] = Costs.of(outcome)
+            print(line(workload, found), flush=True)
+            everything[workload] = {method: asdict(costs) for method, costs in found.items()}
     if options.out is not None:
-        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return int(failed)
+        options.out.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    for failure in failures:
+        print(f"could not be run: {failure}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

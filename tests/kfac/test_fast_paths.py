@@ -129,14 +129,17 @@ def test_symmetric_products_add_to_what_is_there(side, monkeypatch):
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("n", [0, 1, 7])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_fresh_moment_has_nothing_of_the_memory_that_it_is_written_to(groups, n, precision):
+def test_a_fresh_moment_has_nothing_of_the_memory_that_it_is_written_to(
+    groups, n, precision, monkeypatch
+):
+    monkeypatch.setattr(factors, "SMALLEST_SPLIT_SIDE", 16)
     rows = torch.randn(groups, n, 40, dtype=torch.float32)
-    used = torch.full((groups, 40, 40), float("nan"))
-    del used  # its memory is likely to be the next one's
-    with factors.products_in(precision), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(factors, "SMALLEST_SPLIT_SIDE", 16)
-        moment = factors.outer_products(rows, False)
     close = {"rtol": 0.1, "atol": 0.2} if precision == "bfloat16" else {}
+    used = torch.full((groups, 40, 40), float("nan"), dtype=torch.float32)
+    with factors.products_in(precision):
+        monkeypatch.setattr(torch.Tensor, "new_empty", lambda tensor, *shape: used)
+        moment = factors.outer_products(rows, False)
+    assert moment is used
     torch.testing.assert_close(moment, rows.mT @ rows, **close)
     torch.testing.assert_close(factors.outer_products(rows, True), rows.square().sum(1))
 

@@ -14,13 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from workloads_overrides.step_costs import WORKLOADS
+
 pytestmark = [pytest.mark.algoperf, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
-WORKLOADS = [
-    "mnist", "cifar", "criteo1tb_test", "fastmri", "imagenet_resnet", "imagenet_vit",
-    "librispeech_conformer", "librispeech_deepspeech", "ogbg", "wmt",
-]  # fmt: skip
 VARIANTS = [
     "fastmri_layernorm", "imagenet_vit_glu", "imagenet_vit_map",
     "librispeech_deepspeech_norm_and_spec_aug", "ogbg_model_size", "wmt_post_ln",
