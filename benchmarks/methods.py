@@ -70,8 +70,9 @@ def kfac_step(case: Case, kfac: KFAC, rule: str | None = None) -> Step:
         optimizer.zero_grad(set_to_none=True)
         with kfac.record(case.sharing() if kfac.factors_due else None):
             logits = case.model(case.inputs)
-        kfac.update(logits, case.likelihood, mask=case.weights, targets=case.targets)
-        torch.autograd.backward(case.loss(logits))
+        loss = case.loss(logits)
+        kfac.update(logits, case.likelihood, mask=case.weights, targets=case.targets, loss=loss)
+        torch.autograd.backward(loss)
         kfac.precondition()
         optimizer.step()
 

@@ -42,7 +42,9 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
-def likelihood_of(loss_type: Any, logits: Tensor, batch: Mapping[str, Any]) -> Likelihood:
+def likelihood_of(
+    loss_type: Any, logits: Tensor, batch: Mapping[str, Any], label_smoothing: float = 0.0
+) -> Likelihood:
     """The likelihood behind the loss, from its type and the shapes of logits, targets and mask.
 
     A mask with an entry per logit beside targets of the same shape means independent labels:
@@ -62,9 +64,9 @@ def likelihood_of(loss_type: Any, logits: Tensor, batch: Mapping[str, Any]) -> L
     if loss_type == kind.SIGMOID_CROSS_ENTROPY or (
         loss_type == kind.SOFTMAX_CROSS_ENTROPY and per_logit
     ):
-        return Bernoulli()
+        return Bernoulli(label_smoothing=label_smoothing)
     if loss_type == kind.SOFTMAX_CROSS_ENTROPY:
-        return Categorical()
+        return Categorical(label_smoothing=label_smoothing)
     if loss_type == kind.MEAN_SQUARED_ERROR:
         return Gaussian()
     if loss_type == kind.MEAN_ABSOLUTE_ERROR:

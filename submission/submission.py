@@ -3,7 +3,8 @@
 The functions below are AlgoPerf's interface. `update_params` is one step:
 
     forward        inputs are recorded where this step updates the factors
-    factors        would-be gradients, to the layer outputs only      (eq. 7 or 10)
+    factors        would-be gradients, to the layer outputs only      (eq. 7 or 10);
+                   empirical ones come out of the backward pass below
     backward       the gradient of the globally normalised loss
     precondition   (A ⊗ B + damping)⁻¹ · gradient
     update         the base rule (Nesterov or NAdamW) on the preconditioned gradient
@@ -165,10 +166,11 @@ def update_params(
 
     if kfac is not None and kfac.factors_due:
         logits, mask = logits_of(output), mask_of(output, batch)
-        likelihood = likelihood_of(loss_type, logits, batch)
+        likelihood = likelihood_of(loss_type, logits, batch, settings.label_smoothing)
         if is_sum_of_terms(loss_type):
             likelihood = _scaled(likelihood, likelihood.terms(logits, mask), valid)
-        kfac.update(logits, likelihood, mask=mask, targets=targets_of(logits, batch))
+        targets = targets_of(logits, batch)
+        kfac.update(logits, likelihood, mask=mask, targets=targets, loss=loss)
         kfac.reduce_factors()  # in the background of the backward pass
 
     update_start = time.perf_counter()

@@ -25,7 +25,15 @@ from .collectors import Collector, ExpandCollector, ReduceCollector, UnitwiseCol
 from .eigenvalue_correction import is_correctable
 from .factors import products_in
 from .fused import fused_of, roll_up, unroll
-from .graph import GraphError, Tap, earliest, gradients, is_differentiated, leaves_beside
+from .graph import (
+    GraphError,
+    Tap,
+    earliest,
+    gradients,
+    is_differentiated,
+    leaves_beside,
+    reaches_beside,
+)
 from .parameters import LinearView
 from .passes import FisherPass, one_example_at_a_time
 from .sharing import (
@@ -377,6 +385,45 @@ class Recording:
             for alone in one_example_at_a_time(which.vector, which.example_dim):
                 self._square_gradients(logits, alone)
 
+    def is_reached_beside(self, loss: Tensor, logits: Tensor) -> bool:
+        """Whether the loss depends on a recorded layer some other way than through the logits."""
+        if loss.grad_fn is None or logits.grad_fn is None:
+            return False
+        nodes = {edge.node for edge in self._edges}
+        return reaches_beside(loss.grad_fn, logits.grad_fn, nodes)
+
+    def begin_loss_pass(self, logits: Tensor, which: FisherPass) -> None:
+        """From now on the statistics come from the backward pass of the loss, see `loss_pass`.
+
+        Except those of parameters that are in no layer, which take passes of their own.
+
+        Args:
+            logits: the model's output, attached to the graph.
+            which: what the loss's gradient at the logits is a multiple of.
+        """
+        if self._diagonals:
+            for alone in one_example_at_a_time(which.vector, which.example_dim):
+                self._square_gradients(logits, alone)
+        self._listening, self._heard = True, False
+
+    def end_loss_pass(self, scale: Tensor) -> None:
+        """The backward pass of the loss has come: its gradients were `scale` times too large."""
+        self._listening = False
+        if self.out_of_memory is not None:
+            return
+        self._check_heard()
+        with self._collecting("the statistics of the gradients"):
+            for collector in self._collectors.values():
+                collector.end_pass(single=False)
+                collector.rescale_gradients(1 / scale)
+
+    def _check_heard(self) -> None:
+        if self._edges and not self._heard:
+            raise GraphError(
+                "no recorded layer is in the graph of the logits: they belong to another forward "
+                "pass than the last one inside record(), or were computed from detached outputs"
+            )
+
     def _propagate(self, logits: Tensor, which: FisherPass, parameters: list[nn.Parameter]) -> None:
         edges: list[Any] = list(earliest(self._edges))
         grads: Sequence[Tensor | None] = []
@@ -388,11 +435,7 @@ class Recording:
             self._listening = False
         if self.out_of_memory is not None:
             return
-        if not self._heard:
-            raise GraphError(
-                "no recorded layer is in the graph of the logits: they belong to another forward "
-                "pass than the last one inside record(), or were computed from detached outputs"
-            )
+        self._check_heard()
         with self._collecting("the statistics of the gradients"):
             for collector in self._collectors.values():
                 collector.end_pass(which.single)

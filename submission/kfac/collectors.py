@@ -26,6 +26,7 @@ from .statistics import (
     add_rows,
     empty_factor,
     empty_unitwise_sums,
+    rescale_gradients,
     statistics_dtype,
 )
 
@@ -80,6 +81,11 @@ class Collector(ABC):
 
     def end_pass(self, single: bool) -> None:  # noqa: B027
         """All gradients of one Fisher pass, of one example or of all, have been seen."""
+
+    def rescale_gradients(self, factor: Tensor) -> None:
+        """All gradients that were seen were to be multiplied by this number."""
+        rescale_gradients(self.sums, factor)
+        self.rows = [(inputs, gradients * factor) for inputs, gradients in self.rows]
 
 
 class ExpandCollector(Collector):

@@ -114,3 +114,18 @@ def leaves_beside(start: Node, below: Mapping[Node, Node | None]) -> set[int]:
             found.add(id(leaf))
         stack += [child for child, _ in node.next_functions]
     return found
+
+
+def reaches_beside(start: Node, around: Node, targets: set[Node]) -> bool:
+    """Whether a walk through a graph comes to one of the targets without entering `around`."""
+    seen: set[Node] = {around}
+    stack: list[Node | None] = [start]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if node in targets:
+            return True
+        seen.add(node)
+        stack += [child for child, _ in node.next_functions]
+    return False

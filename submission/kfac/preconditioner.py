@@ -10,6 +10,9 @@ of this package. One step of training:
     kfac.precondition()                      # p.grad <- (curvature + damping)^-1 p.grad
     optimizer.step()
 
+With fisher_type="empirical", `kfac.update(..., targets=y, loss=loss)` lets the statistics come from
+the loss's own backward pass, and no Fisher pass is made.
+
 With gradient accumulation, record, update and backward are repeated before one `precondition`.
 """
 
@@ -37,9 +40,10 @@ from .eigenbasis_adam import turn_moments
 from .failures import Trouble, account
 from .gradient_rules import make_state_batches, write_eigenbasis_steps, write_preconditioned
 from .likelihoods import Likelihood, as_likelihood, sampling_seed
+from .loss_pass import LossPass, is_shareable
 from .model_parts import ModelParts
 from .partition import unwrap
-from .passes import fisher_passes
+from .passes import FisherPass, fisher_passes
 from .recorder import is_compiled, record
 from .report import ReportRow, format_report, report_rows
 from .setting import detect_setting, warn_of_folded_positions
@@ -73,6 +77,8 @@ class KFAC:
         self._parts = ModelParts(self._model, self.config)
         self._parts.split(self._state.approx or "expand", None)
         self._recordings: dict[str, Recording] = {}
+        self._loss_pass: LossPass | None = None  # whose backward pass is to come
+        self._shares_loss_pass = False  # the last loss that was looked at could
         self._sharing: SharingRule = None
         self._accumulated: Accumulated | None = None
         self._reduction: Reduction | None = None
@@ -149,6 +155,7 @@ class KFAC:
         Raises:
             SharingError: it names a layer that there is not.
         """
+        self._end_loss_pass()
         self._drop_recordings()
         self._sharing = sharing
         if not self.factors_due:
@@ -183,6 +190,9 @@ class KFAC:
         for recording in self._recordings.values():
             recording.release()
         self._recordings = {}
+        if self._loss_pass is not None:
+            self._loss_pass.drop()
+            self._loss_pass = None
 
     def _forget_average(self, name: str) -> None:
         """A part is being called: without a moving average the new sums take its average's memory.
@@ -208,6 +218,7 @@ class KFAC:
         *,
         mask: Tensor | None = None,
         targets: Tensor | None = None,
+        loss: Tensor | None = None,
     ) -> None:
         """Runs the Fisher pass of a recorded forward pass; does nothing on other steps.
 
@@ -218,6 +229,9 @@ class KFAC:
             likelihood: "categorical", "bernoulli", "gaussian" or a `Likelihood`.
             mask: which terms count (bool or weights), see `likelihoods`.
             targets: the labels, for fisher_type="empirical" and ignore_index only.
+            loss: what the caller's backward pass starts from, or a multiple of it, if there will
+                be just one before the next `record` or `precondition`. Where the statistics can
+                come from that pass (see `loss_pass`), no Fisher pass is made.
 
         Raises:
             RuntimeError: this step needs factors, but the forward pass was not recorded, or the
@@ -249,6 +263,7 @@ class KFAC:
             self._find_called_layers(recording)
             if self._sharing is None and self._state.approx == "reduce":
                 warn_of_folded_positions(recording.examples, likelihood, logits)
+        terms = likelihood.terms(logits.detach(), mask, targets)
         if recording.out_of_memory is None:
             passes = fisher_passes(
                 likelihood,
@@ -262,13 +277,45 @@ class KFAC:
                 examples=recording.examples.values(),
             )
             for fisher_pass in passes:
-                recording.fisher_pass(logits, fisher_pass)
-        self._accumulated = self._accumulated or Accumulated()
-        self._accumulated.add(recording, likelihood.terms(logits.detach(), mask, targets))
-        self._state.shared_over.update(recording.shared_over())
-        for used in recordings.values():
-            used.release()
+                if loss is not None and self._is_shareable(recording, loss, logits, fisher_pass):
+                    self._loss_pass = LossPass(recording, logits, fisher_pass, terms)
+                else:
+                    recording.fisher_pass(logits, fisher_pass)
+        for other in recordings.values():
+            if other is not recording:
+                other.release()
+        if self._loss_pass is None:
+            self._collect(recording, terms)
         self._state.seconds["factors"] += time.perf_counter() - start
+
+    def _is_shareable(
+        self, recording: Recording, loss: Tensor, logits: Tensor, fisher_pass: FisherPass
+    ) -> bool:
+        # Looking waits for a GPU: once is enough. A later loss that is another multiple in each of
+        # its terms makes the sums NaN, and the update is dropped.
+        if self.config.fisher_type != "empirical" or fisher_pass.zero_mean:
+            return False
+        if not self._shares_loss_pass:
+            self._shares_loss_pass = is_shareable(recording, loss, logits, fisher_pass)
+        return self._shares_loss_pass
+
+    def _end_loss_pass(self) -> None:
+        """Collects from the backward pass of the loss, if it was waited for and has come."""
+        loss_pass = self._loss_pass
+        if loss_pass is None or not loss_pass.is_over:
+            return
+        self._loss_pass = None
+        start = time.perf_counter()
+        loss_pass.end()
+        self._collect(loss_pass.recording, loss_pass.terms)
+        self._state.seconds["factors"] += time.perf_counter() - start
+
+    def _collect(self, recording: Recording, terms: Tensor) -> None:
+        """Takes over what a recording has, whose Fisher passes are done."""
+        self._accumulated = self._accumulated or Accumulated()
+        self._accumulated.add(recording, terms)
+        self._state.shared_over.update(recording.shared_over())
+        recording.release()
 
     def _decide_setting(
         self, likelihood: Likelihood, logits: Tensor, examples: Iterable[int]
@@ -297,10 +344,12 @@ class KFAC:
         """Starts to add up this step's statistics over the ranks, in the background.
 
         Optional: `precondition` does it otherwise. Call it after the last `update` of a step and
-        before the loss's backward pass, which then hides the communication.
+        before the loss's backward pass, which then hides the communication. Does nothing while the
+        statistics are still to come from that pass.
         """
+        self._end_loss_pass()
         accumulated = self._accumulated
-        if accumulated is None or self._reduction is not None:
+        if accumulated is None or self._reduction is not None or self._loss_pass is not None:
             return
         accumulated.complete(self._parts.observed, self._parts.uncalled)
         tensors, symmetric = accumulated.tensors()
@@ -336,6 +385,13 @@ class KFAC:
             KFACError: `max_failures` updates in a row had to be dropped.
         """
         start = time.perf_counter()
+        self._end_loss_pass()
+        if self._loss_pass is not None:
+            self._drop_recordings()
+            raise RuntimeError(
+                "KFAC.update was given the loss, whose backward pass has not come: call "
+                "loss.backward() before precondition, or leave `loss` out of update"
+            )
         self._drop_recordings()
         troubles: list[Trouble] = []
         accumulated = self._take_in(troubles)
@@ -409,6 +465,8 @@ class KFAC:
             troubles.append(Trouble("memory", message))
         else:
             message = "the batch gave non-finite statistics or had no valid label"
+            if self._shares_loss_pass:
+                message += ", or its loss was not a multiple of the likelihood's"
             troubles.append(Trouble("statistics", message))
         return None
 

@@ -196,6 +196,20 @@ def empty_embedding_sums(part: KroneckerPart) -> Sums:
     }
 
 
+# How the sums depend on the would-be gradients: squares of them, or (rows) themselves.
+_SQUARES_OF_GRADIENTS = ("B", "E_d", "F")
+_GRADIENTS = ("B_rows",)
+
+
+def rescale_gradients(sums: Sums, factor: Tensor) -> None:
+    """Makes sums of would-be gradients those of `factor` times the gradients, in place."""
+    for key, value in sums.items():
+        if key in _SQUARES_OF_GRADIENTS:
+            value *= factor.to(value.dtype) ** 2
+        elif key in _GRADIENTS:
+            sums[key] = value * factor.to(value.dtype)  # may be the gradients' own memory
+
+
 def add_sums(total: Sums, extra: Sums) -> None:
     """total += extra, in place; rows that are kept as such are joined as long as they are few."""
     for side in ("A", "B"):

@@ -32,6 +32,9 @@ def part_of(rank, ranks):
 class Explicit:
     """Positions [N, 2, d] with a mean over them; single examples are masked."""
 
+    # All outputs instead of samples: the draws of several ranks cannot be those of one.
+    fisher_type = "type-2"
+
     def net(self):
         return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.LayerNorm(5), Mean(), nn.Linear(5, 3))
 
@@ -50,6 +53,7 @@ class Explicit:
 class Ragged:
     """Rows of graphs of different sizes, one of them empty."""
 
+    fisher_type = "type-2"
     sizes = (2, 1, 4, 3, 2, 5, 0, 1, 3, 2)
 
     def net(self):
@@ -87,12 +91,22 @@ class MaskedLabels(Ragged):
         inner.ids, inner.segments = segments.ids, len(sizes)
         with kfac.record({"inner": segments}):
             out = model(rows[start : start + sum(sizes)])
-        kfac.update(out, "bernoulli", mask=mask)
         losses = F.binary_cross_entropy_with_logits(out, labels, reduction="none")
-        return torch.where(mask, losses, 0).sum(), mask.sum()
+        summed = torch.where(mask, losses, 0).sum()
+        kfac.update(out, "bernoulli", mask=mask, targets=labels, loss=summed)
+        return summed, mask.sum()
 
 
-CASES = {"explicit": Explicit(), "ragged": Ragged(), "masked labels": MaskedLabels()}
+class FromTheLoss(MaskedLabels):
+    """The same with true labels: statistics out of the loss's own backward pass."""
+
+    fisher_type = "empirical"
+
+
+CASES = {
+    "explicit": Explicit(), "ragged": Ragged(), "masked labels": MaskedLabels(),
+    "from the loss": FromTheLoss(),
+}  # fmt: skip
 APPROXES = ("expand", "reduce")
 
 
@@ -101,9 +115,8 @@ def begin(case, kfac_approx):
     model = case.net()
     if dist.is_initialized():
         model = DistributedDataParallel(model)
-    # All outputs instead of samples: the draws of several ranks cannot be those of one.
     config = KFACConfig(
-        kfac_approx=kfac_approx, fisher_type="type-2", factor_update_steps=2,
+        kfac_approx=kfac_approx, fisher_type=case.fisher_type, factor_update_steps=2,
         inverse_update_steps=4, factor_decay=0.5, damping=0.1,
     )  # fmt: skip
     return model, KFAC(model, config)

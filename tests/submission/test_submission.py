@@ -13,6 +13,7 @@ from submission.algoperf_compat import spec
 from submission.batch_structure import kinds_by_probe, likelihood_of, sharing_of, valid_graphs
 from submission.hyperparameters import HyperparameterError
 from submission.kfac import Bernoulli, Categorical, Gaussian, SharingError, kronecker_factors
+from submission.kfac.capture import Recording
 
 SIZES = [([3, 1, 4, 2, 5], [4, 0, 6, 2, 7]), ([2, 2, 3, 1, 7], [2, 3, 1, 0, 9])]
 
@@ -91,10 +92,28 @@ def test_training_lowers_the_loss(kfac_approx, update_rule):
     assert mean_loss(model, batches) < 0.8 * before
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_empirical_factors_come_from_the_backward_pass_of_the_loss(label_smoothing, monkeypatch):
+    given = point(fisher_type="empirical", label_smoothing=label_smoothing, damping=0.1)
+
+    def trained():
+        workload, model, state = start(given)
+        steps(workload, model, state, given, range(5))
+        return model.parameters()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("submission.kfac.preconditioner.is_shareable", lambda *args: False)
+        expected = trained()
+    monkeypatch.delattr(Recording, "fisher_pass")
+    for p, q in zip(trained(), expected, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("fisher_type", ["mc", "empirical"])
 @pytest.mark.parametrize("kfac_approx", ["none", "expand", "reduce"])
 @pytest.mark.parametrize("stop", [1, 4, 5])
-def test_restored_state_goes_on_bit_for_bit(kfac_approx, stop):
-    given = point(kfac_approx=kfac_approx, factor_decay=0.5)
+def test_restored_state_goes_on_bit_for_bit(kfac_approx, stop, fisher_type):
+    given = point(kfac_approx=kfac_approx, factor_decay=0.5, fisher_type=fisher_type)
     workload, model, state = start(given)
     steps(workload, model, state, given, range(9))
 

@@ -82,7 +82,8 @@ class GraphWorkload:
         return params(augmented_and_preprocessed_input_batch["inputs"], dropout_rate), None
 
     def loss_fn(self, label_batch, logits_batch, mask_batch=None, label_smoothing=0.0):
-        losses = F.binary_cross_entropy_with_logits(logits_batch, label_batch, reduction="none")
+        labels = (1 - label_smoothing) * label_batch + 0.5 * label_smoothing
+        losses = F.binary_cross_entropy_with_logits(logits_batch, labels, reduction="none")
         losses = torch.where(mask_batch, losses, 0)
         return {"summed": losses.sum(), "n_valid_examples": mask_batch.sum(), "per_example": losses}
 

@@ -1,0 +1,344 @@
+"""Empirical factors out of the loss's own backward pass: those of a pass of their own."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import Mean, Tokens, Twice
+from torch import nn
+
+from submission.kfac import (
+    KFAC,
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    KFACConfig,
+)
+from submission.kfac.capture import Recording
+from submission.kfac.graph import GraphError
+from submission.kfac.loss_pass import proportion
+
+
+class Tied(nn.Module):
+    """Embedding and output layer with one weight, and a parameter that is in no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4)
+        self.shift = nn.Parameter(torch.randn(4))
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 5)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.head(self.norm(self.embedding(x) + self.shift))
+
+
+def plain():
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.LayerNorm(6), Mean(), nn.Linear(6, 3))
+
+
+def convolutions():
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 3, 3, groups=1),
+        nn.Flatten(), nn.Linear(12, 3),
+    )  # fmt: skip
+
+
+CASES = {
+    "plain": (plain, lambda: torch.randn(7, 2, 4), 3),
+    "convolutions": (convolutions, lambda: torch.randn(5, 2, 4, 4), 3),
+    "tokens": (lambda: Tokens(pool=False), lambda: torch.randint(6, (5, 3)), 2),
+    "tied": (Tied, lambda: torch.randint(5, (4, 3)), 5),
+    "twice": (Twice, lambda: torch.randn(6, 2, 3), 2),
+    "attention": (
+        lambda: nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True),
+        lambda: torch.randn(3, 5, 4),
+        4,
+    ),
+}
+
+
+def cross_entropy(logits, y, scale=1.0, **options):
+    return scale * F.cross_entropy(logits.movedim(-1, 1), y, **options)
+
+
+def configuration(**options):
+    return KFACConfig(
+        **{
+            "fisher_type": "empirical", "factor_update_steps": 1, "inverse_update_steps": 1,
+            "damping": 0.1, **options,
+        }
+    )  # fmt: skip
+
+
+def step(model, kfac, x, likelihood, loss_of, targets, mask=None, share=True, forward=None):
+    """Gradients before and after `precondition`."""
+    model.zero_grad()
+    with kfac.record():
+        logits = (forward or model)(x)
+    loss = loss_of(logits)
+    kfac.update(logits, likelihood, mask=mask, targets=targets, loss=loss if share else None)
+    loss.backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    kfac.precondition()
+    return before, [p.grad.clone() for p in model.parameters()]
+
+
+def tensors_of(kfac):
+    return {
+        f"{name}.{key}": value
+        for name, block in kfac.curvature().items()
+        for key, value in vars(block).items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Counts the Fisher passes."""
+    made = []
+    original = Recording.fisher_pass
+    monkeypatch.setattr(
+        Recording, "fisher_pass", lambda *args: (made.append(1), original(*args))[1]
+    )
+    return made
+
+
+def compare(model, x, passes, likelihood, loss_of, targets, mask=None, shared=True, **options):
+    """Steps with a Fisher pass, and with the loss's pass alone, are the same."""
+    apart, together = model, copy.deepcopy(model)
+    kfacs = [KFAC(m, configuration(**options)) for m in (apart, together)]
+    # Adam divides rounding errors of directions without gradient by its epsilon.
+    atol = 1e-7 if "direction" in options else 1e-12
+    for _ in range(2):
+        expected = step(apart, kfacs[0], x, likelihood, loss_of, targets, mask, share=False)
+        made = len(passes)
+        got = step(together, kfacs[1], x, likelihood, loss_of, targets, mask)
+        assert (len(passes) == made) == shared
+        for ours, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=atol)
+    ours, theirs = tensors_of(kfacs[1]), tensors_of(kfacs[0])
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-11, atol=1e-14)
+    return kfacs[1]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, -40.0])
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_factors_and_gradients(case, kfac_approx, scale, passes):
+    make, inputs, classes = CASES[case]
+    model, x = make(), inputs()
+    y = torch.randint(classes, model(x).shape[:-1])
+    compare(
+        model, x, passes, "categorical", lambda out: cross_entropy(out, y, scale), y,
+        kfac_approx=kfac_approx,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"factor_decay": 0.9},
+        {"damping_kind": "exact"},
+        {"damping_kind": "exact", "eigenvalue_correction": True},
+        {"damping_kind": "exact", "direction": "eigenbasis_adam"},
+        {"max_factor_side": 4},
+        {"inverse_update_steps": 100},  # factors of few rows are kept as rows
+        {"kfac_approx": "auto"},
+    ],
+)
+def test_with_other_settings(options, passes):
+    n = 3 if "inverse_update_steps" in options else 20
+    x, y = torch.randn(n, 2, 4), torch.randint(3, (n,))
+    kfac = compare(
+        plain(), x, passes, "categorical", lambda out: cross_entropy(out, y), y,
+        **{"kfac_approx": "reduce", **options},
+    )  # fmt: skip
+    assert kfac.config.kfac_approx == "auto" or any("A_rows" in a for a in averages(kfac)) == (
+        n == 3
+    )
+
+
+def averages(kfac):
+    return kfac.state_dict()["averages"].values()
+
+
+def test_other_losses(passes):
+    x, model = torch.randn(7, 2, 4), plain()
+    y = torch.rand(7, 3).round()
+    mask = torch.rand(7, 3) > 0.3
+    compare(
+        model, x, passes, Bernoulli(),
+        lambda out: (F.binary_cross_entropy_with_logits(out, y, reduction="none") * mask).sum()
+        / mask.sum(),
+        y, mask,
+    )  # fmt: skip
+    compare(model, x, passes, Gaussian(scale=3.0), lambda out: F.mse_loss(out, y), y)
+    labels = torch.randint(3, (7,))
+    compare(
+        model, x, passes, Categorical(label_smoothing=0.1),
+        lambda out: cross_entropy(out, labels, label_smoothing=0.1), labels,
+    )  # fmt: skip
+
+
+def test_losses_that_are_another_multiple_in_each_term_take_a_pass_of_their_own(passes):
+    x, y, model = torch.randn(7, 2, 4), torch.randint(3, (7,)), plain()
+    weights = torch.rand(7) + 0.5
+    compare(
+        model, x, passes, "categorical",
+        lambda out: (F.cross_entropy(out, y, reduction="none") * weights).sum(), y, weights,
+        shared=False,
+    )  # fmt: skip
+    compare(
+        model, x, passes, "categorical",
+        lambda out: cross_entropy(out, y, label_smoothing=0.1), y, shared=False,
+    )  # fmt: skip
+    compare(
+        model, x, passes, "categorical",
+        lambda out: out.square().sum(), y,
+        shared=False,
+    )  # fmt: skip
+
+
+def test_penalties_on_activations_take_a_pass_of_their_own(passes):
+    class Penalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            self.hidden = torch.tanh(self.first(x))
+            return self.last(self.hidden)
+
+    model, x, y = Penalised(), torch.randn(7, 4), torch.randint(3, (7,))
+    kfac = KFAC(model, configuration())
+    for penalty in (0.1, 0.0):
+        step(
+            model, kfac, x, "categorical",
+            lambda out, penalty=penalty: cross_entropy(out, y)
+            + (penalty * model.hidden.square().sum() if penalty else 0),
+            y,
+        )  # fmt: skip
+        assert len(passes) == 1  # in the first step only
+
+
+def test_penalties_on_parameters_do_not_hinder(passes):
+    model, x, y = plain(), torch.randn(7, 2, 4), torch.randint(3, (7,))
+    kfacs = [KFAC(model, configuration()) for _ in range(2)]
+
+    def loss_of(out):
+        return cross_entropy(out, y) + sum(p.square().sum() for p in model.parameters())
+
+    expected = step(model, kfacs[0], x, "categorical", loss_of, y, share=False)
+    got = step(model, kfacs[1], x, "categorical", loss_of, y)
+    assert len(passes) == 1
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_batch_norm_in_training_mode_takes_a_pass_of_its_own(passes):
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    x, y = torch.randn(7, 4), torch.randint(3, (7,))
+    compare(model, x, passes, "categorical", lambda out: cross_entropy(out, y), y, shared=False)
+    compare(model.eval(), x, passes, "categorical", lambda out: cross_entropy(out, y), y)
+
+
+@pytest.mark.parametrize("fisher_type", ["mc", "type-2"])
+def test_other_fisher_types_make_their_own_pass(fisher_type, passes):
+    x, y = torch.randn(7, 2, 4), torch.randint(3, (7,))
+    compare(
+        plain(), x, passes, "categorical", lambda out: cross_entropy(out, y), y, shared=False,
+        fisher_type=fisher_type,
+    )  # fmt: skip
+
+
+def test_several_micro_batches(passes):
+    model, y = plain(), torch.randint(3, (8,))
+    x = torch.randn(8, 2, 4)
+    together, parts = KFAC(model, configuration()), KFAC(model, configuration())
+    step(model, together, x, "categorical", lambda out: cross_entropy(out, y), y, share=False)
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    for chosen, share in ((slice(0, 3), 3 / 8), (slice(3, 8), 5 / 8)):
+        with parts.record():
+            logits = model(x[chosen])
+        loss = cross_entropy(logits, y[chosen], share)
+        parts.update(logits, "categorical", targets=y[chosen], loss=loss)
+        parts.reduce_factors()  # too early: nothing is there yet
+        loss.backward()
+    parts.precondition()
+    assert len(passes) == 1
+    for p, theirs in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, theirs)
+    for key, value in tensors_of(together).items():
+        torch.testing.assert_close(tensors_of(parts)[key], value)
+
+
+def test_a_loss_of_all_right_answers_is_no_fault():
+    model, x = nn.Linear(4, 3), torch.randn(5, 4)
+    y = model(x).detach()
+    kfac = KFAC(model, configuration())
+    step(model, kfac, x, "gaussian", lambda out: F.mse_loss(out, y), y)
+    assert kfac.failures == {} or not any(kfac.failures.values())
+    assert not tensors_of(kfac)[".gradient_covariance"].any()
+
+
+def test_a_loss_that_becomes_another_one_drops_the_update():
+    model, x, y = plain(), torch.randn(7, 2, 4), torch.randint(3, (7,))
+    kfac = KFAC(model, configuration(factor_decay=0.9))
+    step(model, kfac, x, "categorical", lambda out: cross_entropy(out, y), y)
+    before = tensors_of(kfac)
+    step(model, kfac, x, "categorical", lambda out: cross_entropy(out, y, label_smoothing=0.3), y)
+    assert kfac.failures["statistics"] == 1
+    for key, value in before.items():
+        torch.testing.assert_close(tensors_of(kfac)[key], value, rtol=0, atol=0)
+
+
+def test_a_backward_pass_that_does_not_come_or_comes_twice():
+    model, x, y = plain(), torch.randn(7, 2, 4), torch.randint(3, (7,))
+    kfac = KFAC(model, configuration())
+
+    def updated():
+        model.zero_grad()
+        with kfac.record():
+            logits = model(x)
+        loss = cross_entropy(logits, y)
+        kfac.update(logits, "categorical", targets=y, loss=loss)
+        return loss
+
+    updated()
+    with pytest.raises(RuntimeError, match=r"call loss.backward\(\) before precondition"):
+        kfac.precondition()
+    loss = updated()
+    loss.backward(retain_graph=True)
+    with pytest.raises(GraphError, match=r"leave `loss` out of KFAC\.update"):
+        loss.backward()
+    updated()  # a step that is given up
+    updated().backward()
+    kfac.precondition()
+    assert kfac.step == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_proportion_in_single_and_half_precision(dtype):
+    logits = torch.randn(64, 10, dtype=torch.float32).to(dtype).requires_grad_()
+    y = torch.randint(10, (64,))
+    (gradient,) = torch.autograd.grad(128 * F.cross_entropy(logits, y), logits)
+    (vector,) = Categorical().would_be_gradients(logits, fisher_type="empirical", targets=y)
+    torch.testing.assert_close(float(proportion(gradient, vector)), 2.0, rtol=1e-2, atol=0)
+    weights = torch.linspace(0.5, 1.5, 64)[:, None].to(dtype)
+    assert proportion(gradient * weights, vector).isnan()
+
+
+def test_proportion_where_almost_all_probability_is_right():
+    logits = torch.randn(64, 10, dtype=torch.float32)
+    y = torch.randint(10, (64,))
+    logits = (logits + 14 * F.one_hot(y, 10)).requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y), logits)
+    (vector,) = Categorical().would_be_gradients(logits, fisher_type="empirical", targets=y)
+    torch.testing.assert_close(float(proportion(gradient, vector)), 1 / 64, rtol=1e-2, atol=0)
+    assert proportion(torch.zeros_like(vector), vector).isnan()
