@@ -225,6 +225,10 @@ METHODS: dict[str, Method] = {
               kfac_point("expand", "eigenbasis_adam", factor_decay=0.9), _RATES, _BETAS),
         _kfac("kfac_reduce_eigenbasis", "K-FAC-reduce, Adam in the eigenbasis",
               kfac_point("reduce", "eigenbasis_adam", factor_decay=0.9), _RATES, _BETAS),
+        _kfac("kfac_reduce_eigenbasis_empirical",
+              "K-FAC-reduce, Adam in the eigenbasis, true labels",
+              kfac_point("reduce", "eigenbasis_adam", factor_decay=0.9, fisher_type="empirical"),
+              _RATES, _BETAS),
     )
 }  # fmt: skip
 
