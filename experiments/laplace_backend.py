@@ -35,7 +35,7 @@ from submission.kfac import (
     curvature,
 )
 from submission.kfac.layers import ConvKind, EmbeddingKind
-from submission.kfac.partition import partition, unwrap
+from submission.kfac.partition import Partition, partition, unwrap
 from submission.kfac.statistics import DiagonalPart, KroneckerPart, Part
 
 OTHER_PARAMETERS = ("diagonal", "zero")
@@ -99,6 +99,17 @@ class KFACGGN(GGNInterface):  # type: ignore[misc]
             )
         self.other_parameters = other_parameters
         self._generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+        self._partition: tuple[Any, Partition] | None = None
+
+    def _partition_of(self, target: nn.Module) -> Partition:
+        """The parts of the module; the last ones again where nothing has been frozen since."""
+        key = (target, [(id(p), p.requires_grad) for p in target.parameters()])
+        if self._partition is None or self._partition[0] != key:
+            found = partition(
+                target, approx=self.kfac_approx, joint_bias=False, max_factor_side=_ANY_SIDE
+            )
+            self._partition = (key, found)
+        return self._partition[1]
 
     def kron(self, x: Any, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
         """Loss and Kronecker factors of one batch, scaled so that the batches of N examples add up.
@@ -109,17 +120,17 @@ class KFACGGN(GGNInterface):  # type: ignore[misc]
         if kwargs:
             raise TypeError(f"KFACGGN.kron knows no {', '.join(kwargs)}: pass backend_kwargs")
         target, inputs = self._target(x)
-        parts = partition(
-            target, approx=self.kfac_approx, joint_bias=False, max_factor_side=_ANY_SIDE
-        ).parts
+        whole = self._partition_of(target)
+        parts = whole.parts
         bare = [part for part in parts if isinstance(part, DiagonalPart)]
         # The engine's exact diagonal takes a pass per example and output; Jacobians are faster.
         apart = self.other_parameters == "zero" or not (
             self.stochastic or not isinstance(inputs, Tensor)
         )
         hidden = [part.parameter for part in bare] if apart else []
+        seen = tuple(part for part in parts if not (apart and isinstance(part, DiagonalPart)))
         with _without_gradients(hidden):
-            blocks, logits = self._blocks(target, inputs, some=len(bare) < len(parts) or not apart)
+            blocks, logits = self._blocks(target, inputs, Partition(seen, whole.reasons))
         if bare and apart and self.other_parameters == "diagonal":
             blocks |= self._diagonals(target, inputs, bare, logits)
         scale = _Scale(float(self._kfac_likelihood.terms(logits)), len(y) / N)
@@ -152,9 +163,11 @@ class KFACGGN(GGNInterface):  # type: ignore[misc]
             features = self.model.forward_with_features(x)[1]
         return self._model, features
 
-    def _blocks(self, target: nn.Module, inputs: Any, some: bool) -> tuple[dict[str, Any], Tensor]:
+    def _blocks(
+        self, target: nn.Module, inputs: Any, parts: Partition
+    ) -> tuple[dict[str, Any], Tensor]:
         """The engine's curvature by part, and the logits of its forward pass."""
-        if not some:
+        if not parts.parts:
             with torch.no_grad():
                 return {}, target(inputs)
         seen: list[Tensor] = []
@@ -169,6 +182,7 @@ class KFACGGN(GGNInterface):  # type: ignore[misc]
                 mc_samples=self.num_samples,
                 joint_bias=False,
                 max_factor_side=_ANY_SIDE,
+                parts=parts,
                 generator=self._generator,
             )
         finally:

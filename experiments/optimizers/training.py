@@ -56,13 +56,13 @@ def train_step(task: Task, model: nn.Module, stepper: Stepper, batch: Batch) -> 
     """One step; returns the loss, which may be on a GPU still."""
     kfac = stepper.kfac
     stepper.optimizer.zero_grad(set_to_none=True)
-    due = kfac is not None and kfac.factors_due
-    with kfac.record(task.sharing(model, batch)) if due else nullcontext():
+    due = kfac if kfac is not None and kfac.factors_due else None
+    with due.record(task.sharing(model, batch)) if due else nullcontext():
         logits = model(batch["inputs"])
     loss = task.loss(logits, batch)
     if due:
         mask, targets = batch.get("weights"), batch["targets"]
-        kfac.update(logits, task.likelihood, mask=mask, targets=targets, loss=loss)
+        due.update(logits, task.likelihood, mask=mask, targets=targets, loss=loss)
     torch.autograd.backward(loss)
     if kfac is not None:
         kfac.precondition()

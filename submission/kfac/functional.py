@@ -13,7 +13,7 @@ from .accumulation import completed
 from .capture import Recording
 from .curvature import Curvature, KroneckerFactors, as_curvature, average_sums
 from .likelihoods import Likelihood, as_likelihood, sampling_seed
-from .partition import demote_uncalled, partition, unwrap
+from .partition import Partition, demote_uncalled, partition, unwrap
 from .passes import fisher_passes
 from .recorder import check_names
 from .setting import detect_setting
@@ -97,12 +97,15 @@ def curvature(
     joint_bias: bool = True,
     max_factor_side: int = 8192,
     layers_only: bool = False,
+    parts: Partition | None = None,
 ) -> dict[str, Curvature]:
     """Curvature of all trainable parameters; arguments as in `kronecker_factors`.
 
     Args:
         max_factor_side: larger sides keep only the diagonal of their factor.
         layers_only: leave out everything but linear layers.
+        parts: of the (unwrapped) model, by `partition` with the same settings, for a caller that
+            has many batches; parameters that are in none of them are left out.
 
     Returns:
         Layer name -> `KroneckerFactors` or, for normalisation layers, `UnitwiseCurvature`;
@@ -112,7 +115,7 @@ def curvature(
     likelihood = as_likelihood(likelihood)
     if kfac_approx == "auto":
         kfac_approx = _detected(model, inputs, likelihood, sharing)
-    parts = partition(
+    parts = parts or partition(
         model, approx=kfac_approx, joint_bias=joint_bias, max_factor_side=max_factor_side
     )
     kept = [p for p in parts.parts if not layers_only or isinstance(p, KroneckerPart)]

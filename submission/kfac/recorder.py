@@ -108,6 +108,8 @@ def check_names(rule: SharingRule, recording: Recording) -> None:
     Raises:
         SharingError: one is not.
     """
+    if not isinstance(rule, Mapping):
+        return
     names = recording.names
     for name in unknown_names(rule, names):
         near = difflib.get_close_matches(name, names, n=3) or names[:5]

@@ -170,14 +170,12 @@ def resolve(rule: SharingRule, layer: str, leading_size: int) -> Sharing:
     return rule
 
 
-def unknown_names(rule: SharingRule, layers: Iterable[str]) -> list[str]:
-    """Names in a mapping that are neither a layer nor a prefix of one."""
-    if not isinstance(rule, Mapping):
-        return []
+def unknown_names(names: Iterable[str], layers: Iterable[str]) -> list[str]:
+    """Those of the names that are neither a layer nor a prefix of one."""
     layers = tuple(layers)
     return [
         key
-        for key in rule
+        for key in names
         if key != "" and not any(n == key or n.startswith(key + ".") for n in layers)
     ]
 
