@@ -130,15 +130,16 @@ class KFACGGN(GGNInterface):  # type: ignore[misc]
         hidden = [part.parameter for part in bare] if apart else []
         seen = tuple(part for part in parts if not (apart and isinstance(part, DiagonalPart)))
         with _without_gradients(hidden):
-            blocks, logits = self._blocks(target, inputs, Partition(seen, whole.reasons))
+            blocks, logits = self._blocks(
+                target, inputs, Partition(seen, whole.reasons), share=len(y) / N
+            )
         if bare and apart and self.other_parameters == "diagonal":
             blocks |= self._diagonals(target, inputs, bare, logits)
-        scale = _Scale(float(self._kfac_likelihood.terms(logits)), len(y) / N)
         factors: dict[int, list[Tensor]] = {}
         for part in parts:
             block = blocks.get(part.name)
             if block is not None and self._counts(part):
-                factors |= _as_factors(part, block, scale)
+                factors |= _as_factors(part, block, len(y) / N)
         kfacs = [factors.get(id(p)) or _zeros(p) for p in self.params]
         kron = Kron(
             [
@@ -164,9 +165,13 @@ class KFACGGN(GGNInterface):  # type: ignore[misc]
         return self._model, features
 
     def _blocks(
-        self, target: nn.Module, inputs: Any, parts: Partition
+        self, target: nn.Module, inputs: Any, parts: Partition, share: float
     ) -> tuple[dict[str, Any], Tensor]:
-        """The engine's curvature by part, and the logits of its forward pass."""
+        """The engine's curvature by part, and the logits of its forward pass.
+
+        The inputs' factor, a mean over all batches, comes times this batch's share; the gradients'
+        is a sum over the terms.
+        """
         if not parts.parts:
             with torch.no_grad():
                 return {}, target(inputs)
@@ -183,6 +188,7 @@ class KFACGGN(GGNInterface):  # type: ignore[misc]
                 joint_bias=False,
                 max_factor_side=_ANY_SIDE,
                 parts=parts,
+                share=share,
                 generator=self._generator,
             )
         finally:
@@ -192,7 +198,7 @@ class KFACGGN(GGNInterface):  # type: ignore[misc]
     def _diagonals(
         self, target: nn.Module, x: Tensor, bare: list[DiagonalPart], logits: Tensor
     ) -> dict[str, DiagonalCurvature]:
-        """Exact diagonals of the mean GGN of bare parameters, from Jacobians per example."""
+        """Exact diagonals of the summed GGN of bare parameters, from Jacobians per example."""
         wanted = {part.name for part in bare}
         values = {name: p.detach() for name, p in target.named_parameters()}
         fixed = {name: p for name, p in values.items() if name not in wanted}
@@ -207,14 +213,13 @@ class KFACGGN(GGNInterface):  # type: ignore[misc]
         jacobian = torch.func.vmap(
             torch.func.jacrev(outputs), (None, 0), chunk_size=_CHUNK, randomness="different"
         )
-        terms = self._kfac_likelihood.terms(logits)
         squares = {name: torch.zeros_like(value) for name, value in free.items()}
         # In slices, so that the Jacobians of a large batch are not all kept.
         for part, f in zip(torch.split(x, _CHUNK), torch.split(logits, _CHUNK), strict=True):
             for name, j in jacobian(free, part).items():
                 rows = j.reshape(*f.shape, -1)
                 squares[name] += self._squares(rows, f).reshape(squares[name].shape)
-        return {name: DiagonalCurvature(total / terms) for name, total in squares.items()}
+        return {name: DiagonalCurvature(total) for name, total in squares.items()}
 
     def _squares(self, jacobian: Tensor, logits: Tensor) -> Tensor:
         """Σ diag(Jᵀ H J) for J [..., outputs, P] and H the Hessian at the logits: [P]."""
@@ -256,31 +261,15 @@ class SampledKFACReduceGGN(KFACReduceGGN):
     default_stochastic = True
 
 
-class _Scale:
-    """From means over a batch to parts of a sum over the data set.
-
-    Args:
-        terms: of the batch's loss; the gradients' factor is a sum over them.
-        share: of the batch in the data set; the inputs' factor is a mean over all batches.
-    """
-
-    def __init__(self, terms: float, share: float) -> None:
-        self.terms, self.share = terms, share
-
-    def pair(self, summed: Tensor, averaged: Tensor) -> list[Tensor]:
-        """Both in place: factors of a large layer take longer to copy than to compute."""
-        return [summed.mul_(self.terms), averaged.mul_(self.share)]
-
-
-def _as_factors(part: Part, block: Any, scale: _Scale) -> dict[int, list[Tensor]]:
-    """id of a parameter -> its factors in laplace-torch's form."""
+def _as_factors(part: Part, block: Any, share: float) -> dict[int, list[Tensor]]:
+    """id of a parameter -> its factors in laplace-torch's form, of curvature with this share."""
     if isinstance(block, KroneckerFactors):
         assert isinstance(part, KroneckerPart)
-        return _kronecker(part, block, scale)
+        return _kronecker(part, block, share)
     if isinstance(block, UnitwiseCurvature):
         diagonals = block.blocks.diagonal(dim1=-2, dim2=-1).unbind(-1)
         return {
-            id(piece.parameter): [torch.diag(diagonal * scale.terms)]
+            id(piece.parameter): [torch.diag(diagonal)]
             for piece, diagonal in zip(part.slices, diagonals, strict=True)
         }
     diagonal = block.diagonal
@@ -293,12 +282,12 @@ def _as_factors(part: Part, block: Any, scale: _Scale) -> dict[int, list[Tensor]
         )
         total = diagonal.sum().clamp(min=torch.finfo(diagonal.dtype).tiny)
         rows, columns = torch.diag(diagonal.sum(1)), torch.diag(diagonal.sum(0) / total)
-        return {id(part.slices[0].parameter): scale.pair(rows, columns)}
-    return {id(part.slices[0].parameter): [torch.diag(diagonal * scale.terms)]}
+        return {id(part.slices[0].parameter): [rows, columns * share]}
+    return {id(part.slices[0].parameter): [torch.diag(diagonal)]}
 
 
 def _kronecker(
-    part: KroneckerPart, block: KroneckerFactors, scale: _Scale
+    part: KroneckerPart, block: KroneckerFactors, share: float
 ) -> dict[int, list[Tensor]]:
     a, b = block.input_covariance, block.gradient_covariance
     if any(piece.is_sliced for piece in part.slices):
@@ -311,11 +300,11 @@ def _kronecker(
     b = torch.diag_embed(b) if block.diagonal_gradient else b
     factors = {}
     if part.has_bias:
-        factors[id(part.slices[1].parameter)] = [b * a[-1, -1] * scale.terms]
+        factors[id(part.slices[1].parameter)] = [b * (a[-1, -1] / share)]
         a = a[:-1, :-1]
     # An embedding's weight is the transpose of a linear layer's.
     first, second = (a, b) if isinstance(part.kind, EmbeddingKind) else (b, a)
-    factors[id(part.slices[0].parameter)] = scale.pair(first, second)
+    factors[id(part.slices[0].parameter)] = [first, second]
     return factors
 
 

@@ -70,7 +70,7 @@ class Recording:
         sharing: how rows share weights, see `sharing.resolve`.
         ragged_scaling: see `factors.RAGGED_SCALINGS`.
         uses: how often an inverse is applied before it is renewed, to decide whether a factor that
-            is a sum over few rows is kept as these rows; None for never.
+            is a sum over few rows is kept as these rows (0: whenever they are few); None for never.
         keep_rows: also keep all rows (see `row_pairs`), for the eigenvalue correction.
         watched: parts of which only the calls are counted.
         examples_share: this share of the examples, the first, enters the factors of linear layers

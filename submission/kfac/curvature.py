@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .damping import mean_eigenvalue
+from .factors import outer_products
 from .statistics import DiagonalPart, KroneckerPart, Part, Sums, UnitwisePart, as_real
 from .tied import combine
 
@@ -64,30 +65,39 @@ class DiagonalCurvature:
 Curvature = KroneckerFactors | UnitwiseCurvature | DiagonalCurvature
 
 
-def average_sums(part: Part, sums: Sums, terms: Tensor) -> Sums:
+def average_sums(part: Part, sums: Sums, terms: Tensor | None, input_scale: float = 1.0) -> Sums:
     """Divides sums by their counts: A by rows or examples, everything of gradients by the terms.
 
     The sums are changed in place and must not be used again: hardly any memory is asked for.
 
     Rows of a low-rank factor (`A_rows`, `B_rows`) are divided by the root of the count.
+
+    Args:
+        terms: None where sums of gradients are to stay as they are.
+        input_scale: A is multiplied by it.
     """
     if not isinstance(part, KroneckerPart):
-        return {"F": sums["F"].div_(terms.to(sums["F"].dtype))}
-    terms = terms.to(sums["count"].dtype)
+        f = sums["F"]
+        return {"F": f if terms is None else f.div_(terms.to(f.dtype))}
+    count = sums["count"]
+    terms = None if terms is None else terms.to(count.dtype)
     counts = {
-        "A": sums["count"].clamp(min=1),
+        "A": count.clamp(min=1) / input_scale,
         "B": terms,
-        "E_V": sums.get("E_count", terms).clamp(min=1),
+        "E_V": sums.get("E_count", count).clamp(min=1) / input_scale,
         "E_d": terms,
     }
     averages = {}
     for key, value in sums.items():
         if not key.endswith("count"):
-            count = counts[key.removesuffix("_rows")]
-            # Rows may be those of an activation that the backward pass still needs.
-            is_rows = key.endswith("_rows")
-            averages[key] = value / count.sqrt() if is_rows else value.div_(count)
+            divisor = counts[key.removesuffix("_rows")]
+            averages[key] = value if divisor is None else _divided(key, value, divisor)
     return combine(averages) if part.embedding is not None else averages
+
+
+def _divided(key: str, value: Tensor, count: Tensor) -> Tensor:
+    # Rows may be those of an activation that the backward pass still needs.
+    return value / count.sqrt() if key.endswith("_rows") else value.div_(count)
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,7 @@ class FactorForm:
 
     def dense(self) -> Tensor:
         """[groups, d, d]; diagonal factors stay as they are."""
-        return self.values.mT @ self.values if self.low_rank else self.values
+        return outer_products(self.values, False) if self.low_rank else self.values
 
 
 def factor_of(part: KroneckerPart, averages: Sums, side: str) -> FactorForm:

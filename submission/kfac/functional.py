@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -98,6 +99,7 @@ def curvature(
     max_factor_side: int = 8192,
     layers_only: bool = False,
     parts: Partition | None = None,
+    share: float | None = None,
 ) -> dict[str, Curvature]:
     """Curvature of all trainable parameters; arguments as in `kronecker_factors`.
 
@@ -106,6 +108,8 @@ def curvature(
         layers_only: leave out everything but linear layers.
         parts: of the (unwrapped) model, by `partition` with the same settings, for a caller that
             has many batches; parameters that are in none of them are left out.
+        share: of this batch in a data set whose curvature is added up batch by batch. Then A is
+            multiplied by it, and whatever comes from gradients is a sum over the terms.
 
     Returns:
         Layer name -> `KroneckerFactors` or, for normalisation layers, `UnitwiseCurvature`;
@@ -121,7 +125,8 @@ def curvature(
     kept = [p for p in parts.parts if not layers_only or isinstance(p, KroneckerPart)]
     # Buffers are put back after the Fisher passes: autograd checks that nothing has changed them.
     with _undisturbed(model), torch.enable_grad():
-        recording = Recording(model, kept, sharing, ragged_scaling)
+        # Factors of few rows are formed last, divided already: their size is what they cost.
+        recording = Recording(model, kept, sharing, ragged_scaling, uses=0)
         check_names(sharing, recording)
         with recording:
             logits = _call(model, inputs)
@@ -144,7 +149,11 @@ def curvature(
             generator=generator,
             examples=recording.examples.values(),
         )
+        terms = likelihood.terms(logits.detach(), mask, targets).clamp(min=torch.finfo().tiny)
         for fisher_pass in passes:
+            if share is None:
+                vector = fisher_pass.vector
+                fisher_pass = replace(fisher_pass, vector=vector / terms.to(vector.dtype).sqrt())
             recording.fisher_pass(logits, fisher_pass)
     if recording.out_of_memory is not None:
         raise torch.OutOfMemoryError(
@@ -152,10 +161,11 @@ def curvature(
         )
     sums = recording.sums
     recording.release()
-    terms = likelihood.terms(logits.detach(), mask, targets).clamp(min=torch.finfo().tiny)
     called = {part.name: part for part in parts.parts if part.name in sums}
     return {
-        name: as_curvature(part, average_sums(part, completed(part, sums[name]), terms))
+        name: as_curvature(
+            part, average_sums(part, completed(part, sums[name]), None, share or 1.0)
+        )
         for name, part in called.items()
     }
 

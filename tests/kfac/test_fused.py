@@ -322,7 +322,10 @@ def test_the_setting_is_detected_with_fused_modules(logits_of):
     )
     for name, block in kfac.curvature().items():
         if name.startswith("attention"):
-            assert relative_error(block.to_dense(), expected[name].to_dense()) < 1e-12
+            # In reduce the keys have no curvature at all but for rounding.
+            torch.testing.assert_close(
+                block.to_dense(), expected[name].to_dense(), rtol=1e-12, atol=1e-25
+            )
 
 
 def weight_normed(module, name):
