@@ -115,13 +115,15 @@ def _write_outer_products(moment: Tensor, rows: Tensor, keep: bool) -> None:
         moment.baddbmm_(rows.mT, rows, beta=int(keep))
 
 
-SMALLEST_SPLIT_SIDE = 384  # below, one product of all columns is faster than three of halves
+# Below, one product of all columns is faster than three of halves: it is small, or takes no longer
+# than its entries to be written.
+SMALLEST_SPLIT_SIDE, FEWEST_SPLIT_ROWS = 384, 64
 
 
 def _write_symmetric(moment: Tensor, rows: Tensor, keep: bool) -> None:
     """moment [d, d] += rowsᵀ rows (= where not `keep`): the lower left is copied, not computed."""
     side = moment.shape[0]
-    if side < SMALLEST_SPLIT_SIDE:
+    if side < SMALLEST_SPLIT_SIDE or len(rows) < FEWEST_SPLIT_ROWS:
         _add_product(moment, rows, rows, keep)
         return
     half = side // 2
