@@ -30,6 +30,8 @@ from .statistics import (
     statistics_dtype,
 )
 
+FEW = 8  # with d / 8 rows a pass over a factor of side d costs more than several over them
+
 
 class Collector(ABC):
     """Collects the sums of one module over the calls and Fisher passes of one recording."""
@@ -305,6 +307,8 @@ def most_rows_of(part: KroneckerPart, uses: int | None) -> dict[str, int]:
         return {"A": 0, "B": 0}
     out_side, in_side = part.sides
     separate = part.has_bias and not part.joint_bias
+    if uses == 0:
+        return {"A": 0 if separate else in_side // FEW, "B": out_side // FEW}
     return {
         # A gradient [P_out, P_in] is P_out vectors for A and P_in for B.
         "A": 0 if separate else most_rows(in_side, uses * out_side),

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from .accumulation import completed
 from .capture import Recording
 from .curvature import Curvature, KroneckerFactors, as_curvature, average_sums
-from .likelihoods import Likelihood, as_likelihood, sampling_seed
+from .likelihoods import Likelihood, as_likelihood
 from .partition import Partition, demote_uncalled, partition, unwrap
 from .passes import fisher_passes
 from .recorder import check_names
+from .sampling import sampling_seed
 from .setting import detect_setting
 from .sharing import SharingRule
 from .statistics import KroneckerPart

@@ -17,7 +17,6 @@ Shapes: the first dimension of the logits counts the examples; a Categorical's c
 
 from __future__ import annotations
 
-import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -25,6 +24,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .sampling import sampled_indices
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ class Categorical(Likelihood):
         # Rows that are not distributions (NaN under a mask) still need some label.
         usable = flat.isfinite().all(-1, keepdim=True)
         flat = torch.where(usable, flat, 1.0)
-        labels = torch.multinomial(flat, 1, generator=generator).reshape(self.term_shape(logits))
+        labels = sampled_indices(flat, generator).reshape(self.term_shape(logits))
         return p - self._one_hot(labels, logits)
 
     def _one_hot(self, labels: Tensor, logits: Tensor) -> Tensor:
@@ -350,13 +351,3 @@ def as_likelihood(likelihood: Likelihood | str) -> Likelihood:
             f"not {likelihood!r}"
         )
     return LIKELIHOODS[likelihood]()
-
-
-def sampling_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of the labels that a rank samples in a step, 32 bits.
-
-    It follows from these three alone: a restored run samples the same labels, on any number of
-    ranks, and ranks never the same as each other.
-    """
-    digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little")

@@ -39,13 +39,14 @@ from .distributed import Reduction
 from .eigenbasis_adam import turn_moments
 from .failures import Trouble, account
 from .gradient_rules import make_state_batches, write_eigenbasis_steps, write_preconditioned
-from .likelihoods import Likelihood, as_likelihood, sampling_seed
+from .likelihoods import Likelihood, as_likelihood
 from .loss_pass import LossPass, is_shareable
 from .model_parts import ModelParts
 from .partition import unwrap
 from .passes import FisherPass, fisher_passes
 from .recorder import is_compiled, record
 from .report import ReportRow, format_report, report_rows
+from .sampling import sampling_seed
 from .setting import detect_setting, warn_of_folded_positions
 from .sharing import SharingRule
 from .state import KFACState
