@@ -3,6 +3,11 @@
 The would-be gradients at the true labels are the gradient of the summed loss, and the loss that is
 trained on is c times that sum. Its backward pass shows each layer's outputs c times what a Fisher
 pass would: c is measured at the logits, and taken out of the sums when they are complete.
+
+BatchNorm with the statistics of the batch is where the two differ. A Fisher pass has random signs
+there (see `passes`), and is right on average. In the loss's pass, what reaches an example's outputs
+from the losses of others counts as the example's own: a part of it that falls with the batch, and
+what K-FAC libraries that take the loss's pass all do.
 """
 
 from __future__ import annotations
@@ -65,16 +70,11 @@ class LossPass:
 def is_shareable(recording: Recording, loss: Tensor, logits: Tensor, which: FisherPass) -> bool:
     """Whether the loss's gradient is that of the would-be gradients, but for one number.
 
-    Not where examples have random signs (BatchNorm mixes them), where weights of terms are others
-    than 0 and 1 (the factors have their roots), where the loss is not the likelihood's, or where
-    it depends on layers besides through the logits (penalties on activations).
+    Not where weights of terms are others than 0 and 1 (the factors have their roots), where the
+    loss is not the likelihood's, or where it depends on layers besides through the logits
+    (penalties on activations).
     """
-    if (
-        which.zero_mean
-        or which.single
-        or not which.vector.any()
-        or recording.is_reached_beside(loss, logits)
-    ):
+    if not which.vector.any() or recording.is_reached_beside(loss, logits):
         return False
     (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
     return gradient is not None and bool(proportion(gradient, which.vector).isfinite())

@@ -61,11 +61,13 @@ def fisher_passes(
     targets: Tensor | None,
     generator: torch.Generator | None,
     examples: Iterable[int] = (),
+    tell_apart: bool = True,
 ) -> Iterator[FisherPass]:
     """What to propagate.
 
     Args:
         examples: the numbers of examples that the layers had.
+        tell_apart: False for true labels as they are, also where BatchNorm mixes examples.
 
     Others are as in `Likelihood.would_be_gradients`.
     """
@@ -78,7 +80,7 @@ def fisher_passes(
         targets=targets,
         generator=generator,
     )
-    mixed = mixes_examples(model)
+    mixed = tell_apart and mixes_examples(model)
     folded = fisher_type == "type-2" and any(n != logits.shape[dim] for n in examples)
     if fisher_type == "mc" or not (mixed or folded):
         for vector in vectors:

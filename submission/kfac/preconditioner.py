@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -266,7 +267,8 @@ class KFAC:
                 warn_of_folded_positions(recording.examples, likelihood, logits)
         terms = likelihood.terms(logits.detach(), mask, targets)
         if recording.out_of_memory is None:
-            passes = fisher_passes(
+            passes = partial(
+                fisher_passes,
                 likelihood,
                 logits,
                 self._model,
@@ -277,10 +279,12 @@ class KFAC:
                 generator=self._generator,
                 examples=recording.examples.values(),
             )
-            for fisher_pass in passes:
-                if loss is not None and self._is_shareable(recording, loss, logits, fisher_pass):
-                    self._loss_pass = LossPass(recording, logits, fisher_pass, terms)
-                else:
+            if loss is not None and self.config.fisher_type == "empirical":
+                (at_labels,) = passes(tell_apart=False)
+                if self._is_shareable(recording, loss, logits, at_labels):
+                    self._loss_pass = LossPass(recording, logits, at_labels, terms)
+            if self._loss_pass is None:
+                for fisher_pass in passes():
                     recording.fisher_pass(logits, fisher_pass)
         for other in recordings.values():
             if other is not recording:
@@ -290,14 +294,12 @@ class KFAC:
         self._state.seconds["factors"] += time.perf_counter() - start
 
     def _is_shareable(
-        self, recording: Recording, loss: Tensor, logits: Tensor, fisher_pass: FisherPass
+        self, recording: Recording, loss: Tensor, logits: Tensor, at_labels: FisherPass
     ) -> bool:
         # Looking waits for a GPU: once is enough. A later loss that is another multiple in each of
         # its terms makes the sums NaN, and the update is dropped.
-        if self.config.fisher_type != "empirical" or fisher_pass.zero_mean:
-            return False
         if not self._shares_loss_pass:
-            self._shares_loss_pass = is_shareable(recording, loss, logits, fisher_pass)
+            self._shares_loss_pass = is_shareable(recording, loss, logits, at_labels)
         return self._shares_loss_pass
 
     def _end_loss_pass(self) -> None:

@@ -21,7 +21,7 @@ def sampled_indices(weights: Tensor, generator: torch.Generator | None) -> Tenso
     n, classes = weights.shape
     wide = torch.float32 if weights.device.type == "mps" else torch.float64  # which mps lacks
     width = math.isqrt(classes - 1) + 1
-    blocks = F.pad(weights, (0, -classes % width)).unflatten(1, (-1, width))
+    blocks = F.pad(weights, (0, -classes % width)).reshape(n, -(-classes // width), width)
     below = blocks.sum(-1, dtype=wide).cumsum(-1)
     uniform = torch.rand(n, 1, dtype=wide, device=weights.device, generator=generator)
     target = uniform * below[:, -1:]
