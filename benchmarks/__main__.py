@@ -53,8 +53,8 @@ def _common(command: argparse.ArgumentParser, name: str) -> None:
     if name != "profile" and name != "amortised":
         command.add_argument("--methods", nargs="+", choices=METHODS, default=_methods(name))
     command.add_argument("--approx", nargs="+", choices=APPROXES, default=list(APPROXES))
-    if name in ("step", "memory"):
-        default_fishers = list(FISHERS) if name == "step" else ["mc"]
+    if name in ("step", "memory", "amortised"):
+        default_fishers = ["mc"] if name == "memory" else list(FISHERS)
         command.add_argument("--fisher", nargs="+", choices=FISHERS, default=default_fishers)
     if name == "amortised":
         text = "steps between updates (default: 10 for graph, 50 for vit)"
@@ -120,16 +120,17 @@ def _run_sweep(options: Any, device: torch.device, console: Console) -> list[dic
 
 
 def _run_amortised(options: Any, device: torch.device, console: Console) -> list[dict[str, Any]]:
+    variants = [(approx, fisher) for fisher in options.fisher for approx in options.approx]
     results = []
     for model in options.models:
-        batch_size = (options.batch_sizes or [amortised.BATCH_SIZES[model]])[0]
-        for interval in options.intervals or [amortised.INTERVALS[model]]:
-            result = amortised.measure_amortised(
-                model, batch_size, interval, options.approx, options.repeats, device, console,
-                options.size,
-            )  # fmt: skip
-            console.print(amortised.amortised_table(result))
-            results.append(result)
+        for batch_size in options.batch_sizes or [amortised.BATCH_SIZES[model]]:
+            for interval in options.intervals or [amortised.INTERVALS[model]]:
+                result = amortised.measure_amortised(
+                    model, batch_size, interval, variants, options.repeats, device, console,
+                    options.size,
+                )  # fmt: skip
+                console.print(amortised.amortised_table(result))
+                results.append(result)
     save_figure(options.output, "amortised", amortised.amortised_figure(results))
     return results
 

@@ -21,9 +21,9 @@ from submission.kfac import KFAC
 
 MODELS = ("graph", "vit")
 INTERVALS = {"graph": 10, "vit": 50}
-# A step's work grows with the batch, the preconditioning of its gradient does not: batches are of
-# the order of one GPU's, as far as a CPU allows (the paper's runs have 64 graphs, 128 images).
-BATCH_SIZES = {"graph": 128, "vit": 32}
+# A step's work grows with the batch, the preconditioning of its gradient does not: AlgoPerf's batch
+# of graphs, and as many images as a CPU allows (a GPU of the paper's runs has 128).
+BATCH_SIZES = {"graph": 512, "vit": 32}
 REFERENCE = "reference"
 
 
@@ -31,37 +31,42 @@ def measure_amortised(
     model: str,
     batch_size: int,
     interval: int,
-    approxes: list[str],
+    variants: list[tuple[str, str]],
     repeats: int,
     device: torch.device,
     console: Console,
     size: str = "full",
 ) -> dict[str, Any]:
-    """Ratios of K-FAC's average step to the reference step."""
+    """Ratios of K-FAC's average step to the reference step.
+
+    Args:
+        variants: (approximation, Fisher type).
+    """
     reference = make_case(model, batch_size, device, size)
     steps: dict[str, Step] = {REFERENCE: reference_step(reference)}
-    for approx in approxes:
+    names = [f"{approx} {fisher}" for approx, fisher in variants]
+    for name, (approx, fisher) in zip(names, variants, strict=True):
         case = make_case(model, batch_size, device, size)
-        kfac = make_kfac(case, approx, "mc", interval)
+        kfac = make_kfac(case, approx, fisher, interval)
         cycle = _Cycle(kfac, kfac_step(case, kfac))
-        steps[f"{approx} update"] = cycle.update
-        steps[f"{approx} other"] = cycle.other
+        steps[f"{name} update"] = cycle.update
+        steps[f"{name} other"] = cycle.other
     title = f"{model} every {interval}"
     with progress_bar(console, title, len(steps) * (repeats + 1)) as tick:
         result = race(steps, repeats, device, tick)
     if result.failures:
         raise RuntimeError(f"steps failed: {result.failures}")
     ratios: dict[str, Any] = {}
-    for approx in approxes:
+    for name in names:
         for clock in ("cpu", "wall"):
-            keys = (f"{approx} update", f"{approx} other", REFERENCE)
+            keys = (f"{name} update", f"{name} other", REFERENCE)
             rounds = zip(*(result.samples[key] for key in keys), strict=True)
             values = [
                 (getattr(update, clock) + (interval - 1) * getattr(other, clock))
                 / (interval * getattr(plain, clock))
                 for update, other, plain in rounds
             ]
-            ratios.setdefault(approx, {})[clock] = asdict(Spread.of(values))
+            ratios.setdefault(name, {})[clock] = asdict(Spread.of(values))
     return {
         "model": model,
         "title": TITLES[model],
@@ -102,13 +107,13 @@ def amortised_table(result: dict[str, Any]) -> Table:
         f"reference: {result['update_rule']} alone, "
         f"{result['seconds'][REFERENCE]['median']:.3f} s a step; medians (quartiles) over rounds",
     )
-    for approx, ratios in result["ratios"].items():
+    for name, ratios in result["ratios"].items():
         table.add_row(
-            approx,
+            name,
             ratio_text(Spread(**ratios["cpu"])),
             ratio_text(Spread(**ratios["wall"])),
-            f"{result['seconds'][f'{approx} update']['median']:.3f}",
-            f"{result['seconds'][f'{approx} other']['median']:.3f}",
+            f"{result['seconds'][f'{name} update']['median']:.3f}",
+            f"{result['seconds'][f'{name} other']['median']:.3f}",
         )
     return table
 
@@ -120,8 +125,8 @@ def amortised_figure(results: list[dict[str, Any]]) -> Any:
     figure = Figure(figsize=(7, 0.8 + 0.8 * len(results)))
     axes = figure.add_subplot()
     for result in results:
-        for approx, ratios in result["ratios"].items():
-            label = f"{result['model']} every {result['interval']}, {approx}"
+        for name, ratios in result["ratios"].items():
+            label = f"{result['model']} every {result['interval']}, {name}"
             spread = ratios["cpu"]
             errors = [[spread["median"] - spread["low"]], [spread["high"] - spread["median"]]]
             axes.barh(label, spread["median"], xerr=errors, color="tab:orange")
