@@ -107,6 +107,11 @@ def targets_of(logits: Tensor, batch: Mapping[str, Any]) -> Tensor | None:
     return targets.reshape(logits.shape) if targets.numel() == logits.numel() else targets
 
 
+def has_labels(loss_type: Any) -> bool:
+    """Whether every term has a label. Of a transcript no frame has one."""
+    return bool(loss_type != spec.LossType.CTC_LOSS)
+
+
 def is_sum_of_terms(loss_type: Any) -> bool:
     """Whether an example's loss is the sum of its terms; of regression losses it is their mean."""
     kind = spec.LossType

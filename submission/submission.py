@@ -13,6 +13,7 @@ The functions below are AlgoPerf's interface. `update_params` is one step:
 from __future__ import annotations
 
 import inspect
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from .algoperf_compat import spec
 from .batch_structure import (
+    has_labels,
     is_sum_of_terms,
     likelihood_of,
     logits_of,
@@ -40,6 +42,8 @@ from .kfac.functional import kept_buffers
 from .optimizers import UPDATE_RULES
 from .run import Run
 from .schedules import SCHEDULES
+
+logger = logging.getLogger(__name__)
 
 BATCH_SIZES = {
     "criteo1tb": 262_144,
@@ -95,6 +99,9 @@ def init_optimizer_state(
     state: dict[str, Any] = {"optimizer": optimizer, "run": run}
     config = settings.kfac_config(seed=int(rng[0]) % 2**31)
     if config is not None:
+        if config.fisher_type == "empirical" and not has_labels(workload.loss_type):
+            logger.warning("K-FAC: labels are sampled, since the loss has none for single frames")
+            config = replace(config, fisher_type="mc")
         state["kfac"] = KFAC(model_params, config)
     return state
 

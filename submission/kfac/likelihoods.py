@@ -249,9 +249,10 @@ class Categorical(Likelihood):
                     f"{list(logits.shape)}"
                 )
             labels = targets.long()
-            if self.ignore_index is not None:
-                labels = torch.where(labels == self.ignore_index, 0, labels)
-            q = self._one_hot(labels, logits)
+            known = (labels >= 0) & (labels < logits.shape[dim])  # others may stand under a mask
+            ones = torch.where(known, 1.0, torch.nan).to(logits.dtype).unsqueeze(dim)
+            labels = torch.where(known, labels, 0).unsqueeze(dim)
+            q = torch.zeros_like(logits).scatter_(dim, labels, ones)
         q = (1 - self.label_smoothing) * q + self.label_smoothing / logits.shape[dim]
         return logits.softmax(dim) * q.sum(dim, keepdim=True) - q
 

@@ -135,6 +135,20 @@ def test_ignored_labels_are_masked():
     torch.testing.assert_close(vector / 2, expected)
 
 
+def test_labels_out_of_range_may_stand_under_a_mask_only():
+    logits, targets = torch.randn(4, 3), torch.tensor([0, -100, 2, 3])
+    mask = torch.tensor([True, False, True, True])
+    (vector,) = Categorical().would_be_gradients(
+        logits, fisher_type="empirical", targets=targets, mask=mask
+    )
+    (expected,) = Categorical().would_be_gradients(
+        logits[::2], fisher_type="empirical", targets=targets[::2]
+    )
+    torch.testing.assert_close(vector[::2], expected)
+    assert not vector[1].any()
+    assert vector[3].isnan().all()
+
+
 def test_soft_labels():
     logits, targets = torch.randn(4, 3), torch.rand(4, 3).softmax(-1)
     expected = torch.autograd.functional.jacobian(lambda f: F.cross_entropy(f, targets), logits)

@@ -86,14 +86,19 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("fisher_type", ["mc", "empirical"])
 @pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
 @pytest.mark.parametrize("case", CASES)
-def test_training_lowers_the_loss(case, kfac_approx):
+def test_training_lowers_the_loss(case, kfac_approx, fisher_type, caplog):
     workload, model, batch = CASES[case]
     torch.manual_seed(0)
-    losses, state = train(workload(), model(), batch(), point(kfac_approx=kfac_approx), 20)
+    given = point(kfac_approx=kfac_approx, fisher_type=fisher_type)
+    losses, state = train(workload(), model(), batch(), given, 20)
     assert losses[-1] < 0.9 * losses[0]
     assert sum(state["kfac"].failures.values()) == 0
+    sampled = fisher_type == "mc" or case == "speech"  # frames have no labels
+    assert (state["kfac"].config.fisher_type == "mc") == sampled
+    assert ("labels are sampled" in caplog.text) == (sampled and fisher_type == "empirical")
 
 
 @pytest.mark.parametrize("case", CASES)
