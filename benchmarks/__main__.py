@@ -16,6 +16,7 @@ from benchmarks.methods import APPROXES, FISHERS
 from benchmarks.models import SIZES
 from benchmarks.report import environment, save_figure, save_json
 from benchmarks.rows import METHODS, Row, choose_rows
+from quickstart.allocator import keep_freed_memory
 
 MODELS = ("wrn", "vit", "gpt")
 
@@ -170,6 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: --device cuda, but torch finds no GPU: use --device cpu", file=sys.stderr)
         return 2
     torch.set_num_threads(options.threads)
+    if options.command not in ("probe", "memory"):
+        keep_freed_memory()
     if options.command == "probe":
         row = Row.parse(options.row)
         memory.print_probe(row, options.model, options.batch_size, device, options.size)

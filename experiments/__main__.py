@@ -22,6 +22,7 @@ from rich.console import Console
 
 from experiments import page, registry, results
 from experiments.registry import EXPERIMENTS, Experiment
+from quickstart.allocator import keep_freed_memory
 from quickstart.errors import QuickstartError, run_reporting_errors
 
 
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("--help", "-h", "list"):
         _list(console)
         return 0
+    keep_freed_memory()
     name, *flags = arguments
     if name == "all":
         return _run_all(flags, console)

@@ -22,6 +22,7 @@ from typing import Any
 from absl import flags
 
 from quickstart import run_logs, search_space, submissions
+from quickstart.allocator import keep_freed_memory
 from quickstart.base_workload import QuickstartWorkload
 from quickstart.checkpoints import list_checkpoints
 from quickstart.errors import QuickstartError, explain_os_error, run_reporting_errors
@@ -118,6 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{__doc__}\n{FLAGS.main_module_help() or FLAGS.get_help()}")
         return 0
     logging.basicConfig(format="%(message)s")
+    keep_freed_memory()
     submission = submissions.load(Path(options.submission_path))
     seed = options.rng_seed
     if seed is None:
