@@ -61,9 +61,8 @@ class Study:
 
     def search_space(self) -> Iterator[tuple[Task, Run]]:
         """The points that the submission ships, on every task."""
-        points = json.loads((results.ROOT / "tuning_search_space.json").read_text("utf-8"))
         for task in self.tasks:
-            for point in points:
+            for point in search_space_points():
                 yield task, Run(task.name, task.setting, SEARCH_SPACE, point, TUNING_SEED)
 
     def ablation(self) -> Iterator[tuple[Task, Run]]:
@@ -78,6 +77,12 @@ class Study:
                 for name, base in bases.items():
                     for change in ablation.changes(name, base):
                         yield task, Run(task.name, task.setting, ablation.NAME, change.point, seed)
+
+
+def search_space_points() -> list[Point]:
+    """The points of tuning_search_space.json as it is now."""
+    found: list[Point] = json.loads((results.ROOT / "tuning_search_space.json").read_text("utf-8"))
+    return found
 
 
 def chosen_point(folder: Path, task: Task, method: Method) -> Point | None:

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 from experiments.optimizers.logs import Log
 from experiments.optimizers.methods import METHODS, Point, point_key
-from experiments.optimizers.study import SEARCH_SPACE, TUNING_SEED, best_of
+from experiments.optimizers.study import (
+    SEARCH_SPACE,
+    TUNING_SEED,
+    best_of,
+    search_space_points,
+)
 from experiments.tables import mean_and_error
 
 
@@ -19,7 +24,7 @@ class TaskLogs:
         tuning: method -> its tuning runs, in the order of its points; complete ones only.
         seeds: method -> the runs of its chosen point, by seed.
         ablation: point key -> the runs with that point, by seed.
-        search_space: the runs of the submission's search space.
+        search_space: the runs of the submission's search space as it is now.
     """
 
     task: str
@@ -68,10 +73,14 @@ def _task_logs(found: Sequence[Log]) -> TaskLogs:
     for log in found:
         if log.run.method == "ablation":
             ablation.setdefault(point_key(log.run.point), []).append(log)
+    space = {point_key(point) for point in search_space_points()}
+    searched = [
+        log for log in found if log.run.method == SEARCH_SPACE and point_key(log.run.point) in space
+    ]
     first = found[0]
     return TaskLogs(
         first.run.task, first.run.setting, first.metric, first.higher_is_better,
-        tuning, seeds, ablation, [log for log in found if log.run.method == SEARCH_SPACE],
+        tuning, seeds, ablation, searched,
     )  # fmt: skip
 
 
