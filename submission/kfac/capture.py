@@ -392,18 +392,13 @@ class Recording:
         nodes = {edge.node for edge in self._edges}
         return reaches_beside(loss.grad_fn, logits.grad_fn, nodes)
 
-    def begin_loss_pass(self, logits: Tensor, which: FisherPass) -> None:
-        """From now on the statistics come from the backward pass of the loss, see `loss_pass`.
+    @property
+    def has_bare_parameters(self) -> bool:
+        """Whether it collects for parameters that are in no layer, from gradients of their own."""
+        return bool(self._diagonals)
 
-        Except those of parameters that are in no layer, which take passes of their own.
-
-        Args:
-            logits: the model's output, attached to the graph.
-            which: what the loss's gradient at the logits is a multiple of.
-        """
-        if self._diagonals:
-            for alone in one_example_at_a_time(which.vector, which.example_dim):
-                self._square_gradients(logits, alone)
+    def begin_loss_pass(self) -> None:
+        """From now on the statistics come from the backward pass of the loss, see `loss_pass`."""
         self._listening, self._heard = True, False
 
     def end_loss_pass(self, scale: Tensor) -> None:

@@ -38,7 +38,7 @@ class LossPass:
         self.recording, self.terms = recording, terms
         self._vector = which.vector
         self._scale: Tensor | None = None
-        recording.begin_loss_pass(logits, which)
+        recording.begin_loss_pass()
         self._handle = logits.register_hook(self._measure)  # type: ignore[no-untyped-call]
 
     def _measure(self, gradient: Tensor) -> None:
@@ -72,9 +72,13 @@ def is_shareable(recording: Recording, loss: Tensor, logits: Tensor, which: Fish
 
     Not where weights of terms are others than 0 and 1 (the factors have their roots), where the
     loss is not the likelihood's, or where it depends on layers besides through the logits
-    (penalties on activations).
+    (penalties on activations). Nor where parameters in no layer need a pass of their own anyway.
     """
-    if not which.vector.any() or recording.is_reached_beside(loss, logits):
+    if (
+        recording.has_bare_parameters
+        or not which.vector.any()
+        or recording.is_reached_beside(loss, logits)
+    ):
         return False
     (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
     return gradient is not None and bool(proportion(gradient, which.vector).isfinite())

@@ -6,7 +6,8 @@ one example's loss reach the activations of all others. Sampled labels ("mc") ar
 mean zero, so products of different examples vanish on average; the other Fisher types need
 
 - `type-2`: a pass for each example (exact, N times the cost),
-- `empirical`: a random sign for each example (unbiased, no extra cost).
+- `empirical`: a random sign for each example (unbiased, no extra cost). It changes nothing in
+  statistics of single examples, and lets squares of sums over them be right on average too.
 
 `type-2` also takes a pass for each row of the logits where these are not the examples of the layers
 (nodes of graphs, positions folded into the first dimension, time first): rows of one example would
@@ -61,13 +62,14 @@ def fisher_passes(
     targets: Tensor | None,
     generator: torch.Generator | None,
     examples: Iterable[int] = (),
-    tell_apart: bool = True,
+    signs: bool | None = None,
 ) -> Iterator[FisherPass]:
     """What to propagate.
 
     Args:
         examples: the numbers of examples that the layers had.
-        tell_apart: False for true labels as they are, also where BatchNorm mixes examples.
+        signs: whether true labels come with random signs; None where BatchNorm mixes examples.
+            Not where rows of the logits are not the examples: those of one belong together.
 
     Others are as in `Likelihood.would_be_gradients`.
     """
@@ -80,14 +82,15 @@ def fisher_passes(
         targets=targets,
         generator=generator,
     )
-    mixed = tell_apart and mixes_examples(model)
-    folded = fisher_type == "type-2" and any(n != logits.shape[dim] for n in examples)
-    if fisher_type == "mc" or not (mixed or folded):
-        for vector in vectors:
-            yield FisherPass(vector, zero_mean=fisher_type == "mc", example_dim=dim)
-    elif fisher_type == "empirical":
+    mixed = mixes_examples(model)
+    folded = any(n != logits.shape[dim] for n in examples)
+    signed = mixed if signs is None else signs and (mixed or not folded)
+    if fisher_type == "empirical" and signed:
         for vector in vectors:
             yield FisherPass(vector * _signs(vector, dim, generator), True, example_dim=dim)
+    elif fisher_type != "type-2" or not (mixed or folded):
+        for vector in vectors:
+            yield FisherPass(vector, zero_mean=fisher_type == "mc", example_dim=dim)
     else:
         for vector in vectors:
             for alone in one_example_at_a_time(vector, dim):

@@ -280,11 +280,11 @@ class KFAC:
                 examples=recording.examples.values(),
             )
             if loss is not None and self.config.fisher_type == "empirical":
-                (at_labels,) = passes(tell_apart=False)
+                (at_labels,) = passes(signs=False)
                 if self._is_shareable(recording, loss, logits, at_labels):
                     self._loss_pass = LossPass(recording, logits, at_labels, terms)
             if self._loss_pass is None:
-                for fisher_pass in passes():
+                for fisher_pass in passes(signs=True):
                     recording.fisher_pass(logits, fisher_pass)
         for other in recordings.values():
             if other is not recording:

@@ -14,6 +14,7 @@ from submission.kfac import (
     Categorical,
     Gaussian,
     KFACConfig,
+    curvature,
 )
 from submission.kfac.capture import Recording
 from submission.kfac.graph import GraphError
@@ -21,18 +22,17 @@ from submission.kfac.loss_pass import proportion
 
 
 class Tied(nn.Module):
-    """Embedding and output layer with one weight, and a parameter that is in no layer."""
+    """Embedding and output layer with one weight."""
 
     def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(5, 4)
-        self.shift = nn.Parameter(torch.randn(4))
         self.norm = nn.LayerNorm(4)
         self.head = nn.Linear(4, 5)
         self.head.weight = self.embedding.weight
 
     def forward(self, x):
-        return self.head(self.norm(self.embedding(x) + self.shift))
+        return self.head(self.norm(self.embedding(x)))
 
 
 def plain():
@@ -259,6 +259,44 @@ def test_batch_norm_in_training_mode(passes):
     torch.testing.assert_close(kfac.curvature()["0"].gradient_covariance, g.T @ g / 7)
 
 
+class Shifted(nn.Module):
+    """A parameter that is in no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.randn(4))
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.linear(x + self.shift)
+
+
+def test_parameters_outside_layers_take_one_fisher_pass_for_all(passes):
+    model = Shifted()
+    x, y = torch.randn(50, 4), torch.randint(3, (50,))
+    exact = curvature(
+        model, x, likelihood="categorical", kfac_approx="expand", fisher_type="empirical",
+        targets=y,
+    )  # fmt: skip
+    del passes[:]
+    found = []
+    for seed in range(60):
+        kfac = KFAC(model, configuration(seed=seed))
+        step(model, kfac, x, "categorical", lambda out: cross_entropy(out, y), y)
+        block = kfac.curvature()["linear"]
+        torch.testing.assert_close(block.gradient_covariance, exact["linear"].gradient_covariance)
+        found.append(kfac.curvature()["shift"].diagonal)
+    assert len(passes) == 60
+    values, truth = torch.stack(found), exact["shift"].diagonal
+    error = values.std(0) / 60**0.5
+    assert ((values.mean(0) - truth).abs() < 4 * error).all()
+    assert (error < 0.3 * truth).all()
+    # Adam asks for no curvature of theirs.
+    kfac = KFAC(model, configuration(direction="eigenbasis_adam", damping_kind="exact"))
+    step(model, kfac, x, "categorical", lambda out: cross_entropy(out, y), y)
+    assert len(passes) == 60
+
+
 @pytest.mark.parametrize("fisher_type", ["mc", "type-2"])
 def test_other_fisher_types_make_their_own_pass(fisher_type, passes):
     x, y = torch.randn(7, 2, 4), torch.randint(3, (7,))
@@ -354,3 +392,16 @@ def test_proportion_where_almost_all_probability_is_right():
     (vector,) = Categorical().would_be_gradients(logits, fisher_type="empirical", targets=y)
     torch.testing.assert_close(float(proportion(gradient, vector)), 1 / 64, rtol=1e-2, atol=0)
     assert proportion(torch.zeros_like(vector), vector).isnan()
+
+
+def test_rows_of_one_example_get_no_signs_of_their_own():
+    """Positions folded into the rows of the logits: those of one example add up in a layer."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3), nn.Flatten(0, 1))
+    x, y = torch.randn(5, 4, 4), torch.randint(3, (20,))
+    found = []
+    for share in (True, False):
+        kfac = KFAC(model, configuration(kfac_approx="reduce"))
+        step(model, kfac, x, "categorical", lambda out: cross_entropy(out, y), y, share=share)
+        found.append(tensors_of(kfac))
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value)
