@@ -77,25 +77,36 @@ class AdamStep:
         return torch.where(self.finite, gradient, 0)
 
 
-def direction(
-    basis: Mapping[str, Tensor], moments: Moments, gradient: Tensor, step: AdamStep
-) -> Tensor:
-    """Δ of one part, or of several side by side; the moments change in place.
+def directions(
+    bases: Sequence[Mapping[str, Tensor]],
+    moments: Sequence[Moments],
+    gradients: Sequence[Tensor],
+    step: AdamStep,
+) -> list[Tensor]:
+    """Δ of parts (or several side by side), each; the moments change in place.
 
     Args:
-        basis: has "A.eigenvectors" [groups, P_in, P_in] and "B.eigenvectors" [groups, P_out,
+        bases: have "A.eigenvectors" [groups, P_in, P_in] and "B.eigenvectors" [groups, P_out,
             P_out]; a side without stays as it is.
         moments: "first" and "second" in the basis, in the shape of the gradient; zeros before the
             first step.
-        gradient: in the canonical view (see `gradients`); any shape where there is no basis.
+        gradients: in the canonical view (see `gradients`); any shape where there is no basis.
     """
-    first, second = moments["first"], moments["second"]
-    rotated = into_basis(basis, step.without_faults(gradient))
-    first.lerp_(rotated, step.weights[0])
-    second.lerp_(rotated.square(), step.weights[1])
-    ahead = first.lerp(rotated, step.weights[0])
-    denominator = (second / step.corrections[1]).sqrt_().add_(step.epsilon)
-    return out_of_basis(basis, ahead.div_(denominator.mul_(step.corrections[0])))
+    first, second = ([own[name] for own in moments] for name in ("first", "second"))
+    weight1, weight2 = ([weight] * len(first) for weight in step.weights)
+    rotated = [
+        into_basis(basis, step.without_faults(gradient))
+        for basis, gradient in zip(bases, gradients, strict=True)
+    ]
+    torch._foreach_lerp_(first, rotated, weight1)
+    torch._foreach_lerp_(second, torch._foreach_mul(rotated, rotated), weight2)
+    ahead = torch._foreach_lerp(first, rotated, weight1)
+    denominators = torch._foreach_div(second, step.corrections[1])
+    torch._foreach_sqrt_(denominators)
+    torch._foreach_add_(denominators, step.epsilon)
+    torch._foreach_mul_(denominators, step.corrections[0])
+    torch._foreach_div_(ahead, denominators)
+    return [out_of_basis(basis, value) for basis, value in zip(bases, ahead, strict=True)]
 
 
 def into_basis(basis: Mapping[str, Tensor], gradient: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import inverses
 from .batches import Batch, Tensors, make_batches
 from .config import KFACConfig
-from .eigenbasis_adam import AdamStep, direction
+from .eigenbasis_adam import AdamStep, directions
 from .gradients import read_gradient, write_gradients
 from .model_parts import ModelParts
 from .placements import exchange_gradients
@@ -78,11 +78,13 @@ def write_eigenbasis_steps(state: KFACState, batches: Sequence[Batch], config: K
     joined = [batch.join([g.to(statistics_dtype(g)) for g in own]) for batch, own in ready]
     step = AdamStep.of(state.count, joined, betas=config.betas, epsilon=config.epsilon)
     state.count = step.count
+    moments = [
+        batch.keep(state.moments, ("first", "second"), batch.separate(gradient, own))
+        for (batch, own), gradient in zip(ready, joined, strict=True)
+    ]
+    updates = directions([batch.tensors for batch, _ in ready], moments, joined, step)
     done: list[tuple[Part, Tensor]] = []
-    for (batch, own), gradient in zip(ready, joined, strict=True):
-        like = batch.separate(gradient, own)
-        moments = batch.keep(state.moments, ("first", "second"), like)
-        update = direction(batch.tensors, moments, gradient, step)
+    for (batch, own), update in zip(ready, updates, strict=True):
         done += zip(batch.parts, batch.separate(update, own), strict=True)
     write_gradients([part for part, _ in done], [value for _, value in done])
 

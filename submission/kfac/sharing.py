@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -97,6 +98,13 @@ class Segments:
     def rows(self) -> int:
         """Number of rows, padding included."""
         return self.ids.shape[0]
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """Number of rows of each example, int64 [num_segments]; 0 for padding examples."""
+        sizes = self.ids.new_zeros(self.num_segments)
+        sizes.index_add_(0, self.ids, torch.ones_like(self.ids))
+        return sizes if self.segment_mask is None else sizes * self.segment_mask
 
     def row_mask(self) -> Tensor | None:
         """Bool [rows], False for rows of padding examples; None without padding."""
@@ -250,9 +258,7 @@ def rows_per_example(leading: torch.Size, sharing: Sharing, like: Tensor) -> Ten
         if sharing.mask is None:
             return like.new_full((leading[0],), leading[1])
         return sharing.mask.sum(1).to(like.dtype)
-    counts = like.new_zeros(sharing.num_segments)
-    counts.index_add_(0, sharing.ids, like.new_ones(sharing.rows))
-    return counts if sharing.segment_mask is None else counts * sharing.segment_mask
+    return sharing.sizes.to(like.dtype)
 
 
 def first_examples(sharing: Sharing, total: int, share: float) -> tuple[Sharing, int, float]:

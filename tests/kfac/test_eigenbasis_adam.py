@@ -9,7 +9,7 @@ from nets import Mean
 from torch import nn
 
 from submission.kfac import KFAC, KFACConfig
-from submission.kfac.eigenbasis_adam import AdamStep, direction, out_of_basis, turn_moments
+from submission.kfac.eigenbasis_adam import AdamStep, directions, out_of_basis, turn_moments
 from submission.kfac.partition import partition
 from submission.optimizers import NAdamW
 
@@ -30,7 +30,8 @@ def test_with_a_fixed_basis_it_is_nadamw_on_rotated_parameters():
         gradient = torch.randn(2, 3, 4)
         step = AdamStep.of(count, [gradient], betas=BETAS, epsilon=EPSILON)
         count = step.count
-        position -= direction(basis, moments, gradient, step)
+        (update,) = directions([basis], [moments], [gradient], step)
+        position -= update
         rotated.grad = basis["B.eigenvectors"].mT @ gradient @ basis["A.eigenvectors"]
         reference.step()
         back = basis["B.eigenvectors"] @ rotated.detach() @ basis["A.eigenvectors"].mT
