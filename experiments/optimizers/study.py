@@ -76,6 +76,8 @@ class Study:
                 )
                 for name, base in bases.items():
                     for change in ablation.changes(name, base):
+                        if change.point.get("fisher_type") == "type-2" and not task.exact_fisher:
+                            continue
                         yield task, Run(task.name, task.setting, ablation.NAME, change.point, seed)
 
 

@@ -70,6 +70,7 @@ class Task(ABC):
     higher_is_better: bool
     likelihood: Likelihood = Categorical()
     output_layer: str = "head"
+    exact_fisher = True  # whether the ablation tries it: a pass for every output of an example
 
     def __init__(self, length: Length, device: torch.device, sizes: Mapping[str, int]) -> None:
         self.length, self.device, self.sizes = length, device, dict(sizes)
@@ -205,6 +206,7 @@ class Text(Task):
     name = "gpt"
     metric = "validation loss"
     higher_is_better = False
+    exact_fisher = False  # thousands of passes
 
     def __init__(self, length: Length, device: torch.device, content: str, sizes: Sizes) -> None:
         own = {"window": sizes.window, "width": sizes.gpt_width, "depth": sizes.gpt_depth}
