@@ -390,7 +390,7 @@ class Recording:
         if loss.grad_fn is None or logits.grad_fn is None:
             return False
         nodes = {edge.node for edge in self._edges}
-        return reaches_beside(loss.grad_fn, logits.grad_fn, nodes)
+        return reaches_beside(loss.grad_fn, get_gradient_edge(logits), nodes)
 
     @property
     def has_bare_parameters(self) -> bool:
@@ -398,12 +398,18 @@ class Recording:
         return bool(self._diagonals)
 
     def begin_loss_pass(self) -> None:
-        """From now on the statistics come from the backward pass of the loss, see `loss_pass`."""
-        self._listening, self._heard = True, False
+        """The statistics are to come from the backward pass of the loss, see `loss_pass`."""
+        # The graph holds this recording by its taps, and so must not be held by it.
+        self._edges.clear()
+        self._below.clear()
+        self._heard = False
+
+    def listen(self, on: bool) -> None:
+        """Whether gradients that pass the taps are those of the loss, and to be collected."""
+        self._listening = on
 
     def end_loss_pass(self, scale: Tensor) -> None:
         """The backward pass of the loss has come: its gradients were `scale` times too large."""
-        self._listening = False
         if self.out_of_memory is not None:
             return
         self._check_heard()
@@ -413,7 +419,7 @@ class Recording:
                 collector.rescale_gradients(1 / scale)
 
     def _check_heard(self) -> None:
-        if self._edges and not self._heard:
+        if any(c.calls for c in self._collectors.values()) and not self._heard:
             raise GraphError(
                 "no recorded layer is in the graph of the logits: they belong to another forward "
                 "pass than the last one inside record(), or were computed from detached outputs"

@@ -17,7 +17,7 @@ variances of uncorrelated entries are mixed with. Parts without factors are trai
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ from .inverses import Inverse
 from .statistics import Part
 
 Moments = dict[str, Tensor]  # first, second: in the part's canonical view
+TOGETHER = 1 << 20  # entries that are worked on together; more would only take more memory
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,30 @@ def directions(
             first step.
         gradients: in the canonical view (see `gradients`); any shape where there is no basis.
     """
+    found: list[Tensor] = []
+    for some in _in_pieces([gradient.numel() for gradient in gradients]):
+        found += _directions(bases[some], moments[some], gradients[some], step)
+    return found
+
+
+def _in_pieces(sizes: Sequence[int]) -> Iterator[slice]:
+    """Neighbours that have no more than TOGETHER entries, or are alone."""
+    first, total = 0, 0
+    for index, size in enumerate(sizes):
+        if total and total + size > TOGETHER:
+            yield slice(first, index)
+            first, total = index, 0
+        total += size
+    if first < len(sizes):
+        yield slice(first, len(sizes))
+
+
+def _directions(
+    bases: Sequence[Mapping[str, Tensor]],
+    moments: Sequence[Moments],
+    gradients: Sequence[Tensor],
+    step: AdamStep,
+) -> list[Tensor]:
     first, second = ([own[name] for own in moments] for name in ("first", "second"))
     weight1, weight2 = ([weight] * len(first) for weight in step.weights)
     rotated = [
@@ -99,8 +124,11 @@ def directions(
         for basis, gradient in zip(bases, gradients, strict=True)
     ]
     torch._foreach_lerp_(first, rotated, weight1)
-    torch._foreach_lerp_(second, torch._foreach_mul(rotated, rotated), weight2)
     ahead = torch._foreach_lerp(first, rotated, weight1)
+    squares = torch._foreach_mul(rotated, rotated)
+    del rotated
+    torch._foreach_lerp_(second, squares, weight2)
+    del squares
     denominators = torch._foreach_div(second, step.corrections[1])
     torch._foreach_sqrt_(denominators)
     torch._foreach_add_(denominators, step.epsilon)

@@ -151,8 +151,10 @@ def curvature(
             examples=recording.examples.values(),
         )
         terms = likelihood.terms(logits.detach(), mask, targets).clamp(min=torch.finfo().tiny)
+        # In float16 they would leave its range.
+        divided = share is None and logits.dtype != torch.float16
         for fisher_pass in passes:
-            if share is None:
+            if divided:
                 vector = fisher_pass.vector
                 fisher_pass = replace(fisher_pass, vector=vector / terms.to(vector.dtype).sqrt())
             recording.fisher_pass(logits, fisher_pass)
@@ -165,7 +167,13 @@ def curvature(
     called = {part.name: part for part in parts.parts if part.name in sums}
     return {
         name: as_curvature(
-            part, average_sums(part, completed(part, sums[name]), None, share or 1.0)
+            part,
+            average_sums(
+                part,
+                completed(part, sums[name]),
+                None if divided or share is not None else terms,
+                1.0 if share is None else share,
+            ),
         )
         for name, part in called.items()
     }

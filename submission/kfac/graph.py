@@ -116,9 +116,14 @@ def leaves_beside(start: Node, below: Mapping[Node, Node | None]) -> set[int]:
     return found
 
 
-def reaches_beside(start: Node, around: Node, targets: set[Node]) -> bool:
-    """Whether a walk through a graph comes to one of the targets without entering `around`."""
-    seen: set[Node] = {around}
+def reaches_beside(start: Node, around: GradientEdge, targets: set[Node]) -> bool:
+    """Whether a walk through a graph comes to one of the targets other than by the edge `around`.
+
+    Other outputs of that edge's node are other ways.
+    """
+    if start is around.node:
+        return False
+    seen: set[Node] = set()
     stack: list[Node | None] = [start]
     while stack:
         node = stack.pop()
@@ -127,5 +132,9 @@ def reaches_beside(start: Node, around: Node, targets: set[Node]) -> bool:
         if node in targets:
             return True
         seen.add(node)
-        stack += [child for child, _ in node.next_functions]
+        for child, number in node.next_functions:
+            if child is not around.node:
+                stack.append(child)
+            elif number != around.output_nr:
+                return True
     return False

@@ -101,8 +101,8 @@ class Likelihood(ABC):
 
         Raises:
             ValueError: unknown fisher_type, `empirical` without targets, targets or mask of
-                another shape, negative weights (found on the CPU; elsewhere, where looking would
-                synchronise, they make the vectors NaN).
+                another shape, negative weights or labels out of range (found on the CPU; elsewhere,
+                where looking would synchronise, they make the vectors NaN).
         """
         logits = logits.detach()
         if logits.dtype in (torch.float16, torch.bfloat16):
@@ -116,6 +116,8 @@ class Likelihood(ABC):
         elif fisher_type == "empirical":
             if targets is None:
                 raise ValueError("fisher_type='empirical' needs the targets of the batch")
+            if targets.device.type == "cpu":  # elsewhere looking would synchronise
+                self._check_targets(logits, targets, self._term_mask(mask, logits, targets))
             yield self._weighted(self._at_targets(logits, targets), weight)
         elif fisher_type == "type-2":
             for column in self._hessian_root(logits):
@@ -124,6 +126,9 @@ class Likelihood(ABC):
             raise ValueError(
                 f"fisher_type must be 'mc', 'type-2' or 'empirical', not {fisher_type!r}"
             )
+
+    def _check_targets(self, logits: Tensor, targets: Tensor, mask: Tensor | None) -> None:  # noqa: B027
+        """Raises a ValueError for labels that are none and are not masked."""
 
     # ---- shared -----------------------------------------------------------------------------
 
@@ -236,6 +241,18 @@ class Categorical(Likelihood):
     def _one_hot(self, labels: Tensor, logits: Tensor) -> Tensor:
         dim = self._dim(logits)
         return torch.zeros_like(logits).scatter_(dim, labels.unsqueeze(dim), 1.0)
+
+    def _check_targets(self, logits: Tensor, targets: Tensor, mask: Tensor | None) -> None:
+        if targets.shape != self.term_shape(logits) or targets.shape == logits.shape:
+            return
+        classes = logits.shape[self._dim(logits)]
+        wrong = (targets < 0) | (targets >= classes)
+        wrong = wrong if mask is None else wrong & (mask != 0)
+        if bool(wrong.any()):
+            raise ValueError(
+                f"label {int(targets[wrong][0])} is not in 0 .. {classes - 1}: mask the terms that "
+                "have no label, or give Categorical(ignore_index=...)"
+            )
 
     def _at_targets(self, logits: Tensor, targets: Tensor) -> Tensor:
         dim = self._dim(logits)

@@ -30,33 +30,39 @@ class LossPass:
         logits: its output.
         which: the would-be gradients at the true labels.
         terms: number of loss terms, which the caller will divide by.
+
+    Attributes:
+        is_over: whether the backward pass has come, and to its end.
     """
 
     def __init__(
         self, recording: Recording, logits: Tensor, which: FisherPass, terms: Tensor
     ) -> None:
-        self.recording, self.terms = recording, terms
+        self.recording, self.terms, self.is_over = recording, terms, False
         self._vector = which.vector
         self._scale: Tensor | None = None
         recording.begin_loss_pass()
-        self._handle = logits.register_hook(self._measure)  # type: ignore[no-untyped-call]
+        self._handle = logits.register_hook(self._begin)  # type: ignore[no-untyped-call]
 
-    def _measure(self, gradient: Tensor) -> None:
+    def _begin(self, gradient: Tensor) -> None:
+        """The pass has come to the logits."""
         if self._scale is not None:
             raise GraphError(
                 "a second backward pass goes through a graph whose statistics were to come from "
                 "one pass of the loss: leave `loss` out of KFAC.update to have a pass of its own "
                 "for them"
             )
-        self._scale = proportion(gradient.detach(), self._vector)
+        self._scale = proportion(gradient.detach(), self._vector, self.terms)
+        self.recording.listen(True)
+        # Only a pass that raises nothing gets there.
+        torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
-    @property
-    def is_over(self) -> bool:
-        """Whether the backward pass has come."""
-        return self._scale is not None
+    def _end(self) -> None:
+        self.is_over = True
+        self.recording.listen(False)
 
-    def end(self) -> None:
-        """Completes the sums. The loss's backward pass must have come."""
+    def collect(self) -> None:
+        """Completes the sums, after the backward pass."""
         assert self._scale is not None
         self._handle.remove()
         self.recording.end_loss_pass(self._scale)
@@ -64,35 +70,48 @@ class LossPass:
     def drop(self) -> None:
         """Stops to wait."""
         self._handle.remove()
+        self.recording.listen(False)
         self.recording.release()
 
 
-def is_shareable(recording: Recording, loss: Tensor, logits: Tensor, which: FisherPass) -> bool:
-    """Whether the loss's gradient is that of the would-be gradients, but for one number.
+def may_share(recording: Recording, loss: Tensor, logits: Tensor) -> bool:
+    """Whether the loss depends on the layers through the logits alone, as the graph says.
 
-    Not where weights of terms are others than 0 and 1 (the factors have their roots), where the
-    loss is not the likelihood's, or where it depends on layers besides through the logits
-    (penalties on activations). Nor where parameters in no layer need a pass of their own anyway.
+    And no parameter that is in no layer needs a Fisher pass anyway.
     """
-    if (
-        recording.has_bare_parameters
-        or not which.vector.any()
-        or recording.is_reached_beside(loss, logits)
-    ):
+    return (
+        loss.requires_grad
+        and loss.numel() == 1
+        and not recording.has_bare_parameters
+        and not recording.is_reached_beside(loss, logits)
+    )
+
+
+def is_multiple(loss: Tensor, logits: Tensor, which: FisherPass, terms: Tensor) -> bool:
+    """Whether the loss's gradient at the logits is that of the would-be gradients, but for one
+    number. Waits for the device.
+
+    Not where weights of terms are others than 0 and 1 (the factors have their roots), or where the
+    loss is not the likelihood's.
+    """
+    if not which.vector.any():
         return False
     (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
-    return gradient is not None and bool(proportion(gradient, which.vector).isfinite())
+    return gradient is not None and bool(proportion(gradient, which.vector, terms).isfinite())
 
 
-def proportion(gradient: Tensor, vector: Tensor) -> Tensor:
+def proportion(gradient: Tensor, vector: Tensor, terms: Tensor) -> Tensor:
     """c with gradient = c · vector, a scalar; NaN where it is no multiple, or not finite.
 
-    Both are differences of probabilities and labels: as exact as these are.
+    Both are differences of probabilities and labels, of `terms` distributions: as exact as these
+    are, and in any case to a quarter.
     """
     epsilon = torch.finfo(gradient.dtype).eps
     gradient = gradient.to(vector.dtype)
-    squares = vector.square().sum()
+    norm = torch.linalg.vector_norm(vector)
+    squares = norm.square()
     scale = torch.where(squares > 0, (gradient * vector).sum() / squares, 1.0)
     rest = torch.linalg.vector_norm(gradient - scale * vector)
-    rounding = math.sqrt(epsilon) * squares.sqrt() + 8 * epsilon * math.sqrt(vector.numel())
-    return torch.where((rest <= scale.abs() * rounding) & (scale != 0), scale, torch.nan)
+    rounding = math.sqrt(epsilon) * norm + 8 * epsilon * terms.to(norm.dtype).sqrt()
+    fits = (rest <= scale.abs() * torch.minimum(rounding, norm / 4)) & (scale != 0)
+    return torch.where(fits, scale, torch.nan)

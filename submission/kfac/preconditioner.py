@@ -41,7 +41,7 @@ from .eigenbasis_adam import turn_moments
 from .failures import Trouble, account
 from .gradient_rules import make_state_batches, write_eigenbasis_steps, write_preconditioned
 from .likelihoods import Likelihood, as_likelihood
-from .loss_pass import LossPass, is_shareable
+from .loss_pass import LossPass, is_multiple, may_share
 from .model_parts import ModelParts
 from .partition import unwrap
 from .passes import FisherPass, fisher_passes
@@ -80,7 +80,8 @@ class KFAC:
         self._parts.split(self._state.approx or "expand", None)
         self._recordings: dict[str, Recording] = {}
         self._loss_pass: LossPass | None = None  # whose backward pass is to come
-        self._shares_loss_pass = False  # the last loss that was looked at could
+        self._is_multiple = False  # the last loss that was looked at, of the likelihood's
+        self._loss_given = False  # in this step: statistics come late, on one rank or all
         self._sharing: SharingRule = None
         self._accumulated: Accumulated | None = None
         self._reduction: Reduction | None = None
@@ -158,6 +159,11 @@ class KFAC:
             SharingError: it names a layer that there is not.
         """
         self._end_loss_pass()
+        if self._loss_pass is not None:
+            logger.warning(
+                "K-FAC: the statistics of a recorded pass are dropped: update was given its loss, "
+                "whose backward pass has not come (to its end) before the next record()"
+            )
         self._drop_recordings()
         self._sharing = sharing
         if not self.factors_due:
@@ -280,11 +286,13 @@ class KFAC:
                 examples=recording.examples.values(),
             )
             if loss is not None and self.config.fisher_type == "empirical":
+                self._loss_given = True
                 (at_labels,) = passes(signs=False)
-                if self._is_shareable(recording, loss, logits, at_labels):
+                if self._is_shareable(recording, loss, logits, at_labels, terms):
                     self._loss_pass = LossPass(recording, logits, at_labels, terms)
             if self._loss_pass is None:
-                for fisher_pass in passes(signs=True):
+                signs = True if recording.has_bare_parameters else None
+                for fisher_pass in passes(signs=signs):
                     recording.fisher_pass(logits, fisher_pass)
         for other in recordings.values():
             if other is not recording:
@@ -294,13 +302,20 @@ class KFAC:
         self._state.seconds["factors"] += time.perf_counter() - start
 
     def _is_shareable(
-        self, recording: Recording, loss: Tensor, logits: Tensor, at_labels: FisherPass
+        self,
+        recording: Recording,
+        loss: Tensor,
+        logits: Tensor,
+        at_labels: FisherPass,
+        terms: Tensor,
     ) -> bool:
+        if not may_share(recording, loss, logits):
+            return False
         # Looking waits for a GPU: once is enough. A later loss that is another multiple in each of
-        # its terms makes the sums NaN, and the update is dropped.
-        if not self._shares_loss_pass:
-            self._shares_loss_pass = is_shareable(recording, loss, logits, at_labels)
-        return self._shares_loss_pass
+        # its terms makes the sums NaN, the update is dropped, and the next one looks again.
+        if not self._is_multiple:
+            self._is_multiple = is_multiple(loss, logits, at_labels, terms)
+        return self._is_multiple
 
     def _end_loss_pass(self) -> None:
         """Collects from the backward pass of the loss, if it was waited for and has come."""
@@ -309,7 +324,7 @@ class KFAC:
             return
         self._loss_pass = None
         start = time.perf_counter()
-        loss_pass.end()
+        loss_pass.collect()
         self._collect(loss_pass.recording, loss_pass.terms)
         self._state.seconds["factors"] += time.perf_counter() - start
 
@@ -347,12 +362,15 @@ class KFAC:
         """Starts to add up this step's statistics over the ranks, in the background.
 
         Optional: `precondition` does it otherwise. Call it after the last `update` of a step and
-        before the loss's backward pass, which then hides the communication. Does nothing while the
-        statistics are still to come from that pass.
+        before the loss's backward pass, which then hides the communication. Does nothing in a step
+        in which `update` was given the loss: on some rank the statistics may still have to come.
         """
-        self._end_loss_pass()
+        if not self._loss_given:
+            self._start_reduction()
+
+    def _start_reduction(self) -> None:
         accumulated = self._accumulated
-        if accumulated is None or self._reduction is not None or self._loss_pass is not None:
+        if accumulated is None or self._reduction is not None:
             return
         accumulated.complete(self._parts.observed, self._parts.uncalled)
         tensors, symmetric = accumulated.tensors()
@@ -443,7 +461,8 @@ class KFAC:
 
         Returns them if they were good, otherwise adds to the troubles.
         """
-        self.reduce_factors()
+        self._start_reduction()
+        self._loss_given = False
         accumulated, self._accumulated = self._accumulated, None
         reduction, self._reduction = self._reduction, None
         if accumulated is None or reduction is None:
@@ -468,8 +487,9 @@ class KFAC:
             troubles.append(Trouble("memory", message))
         else:
             message = "the batch gave non-finite statistics or had no valid label"
-            if self._shares_loss_pass:
+            if self._is_multiple:
                 message += ", or its loss was not a multiple of the likelihood's"
+                self._is_multiple = False
             troubles.append(Trouble("statistics", message))
         return None
 

@@ -18,6 +18,9 @@ def sampled_indices(weights: Tensor, generator: torch.Generator | None) -> Tenso
     `torch.multinomial` takes one for each class, ten times as long. Sums are in float64: those of
     float32 would move the probabilities of rare classes.
     """
+    if weights.is_cuda and torch.are_deterministic_algorithms_enabled():
+        # The running sum of a GPU is not.
+        return torch.multinomial(weights, 1, generator=generator).squeeze(1)
     n, classes = weights.shape
     wide = torch.float32 if weights.device.type == "mps" else torch.float64  # which mps lacks
     width = math.isqrt(classes - 1) + 1

@@ -158,3 +158,16 @@ def test_a_thousand_updates_leave_memory_flat():
     for _ in range(1000):
         step()
     assert tensors() <= before
+
+
+def test_would_be_gradients_of_half_precision_keep_their_digits():
+    """Of a large batch whose labels are almost certain."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).half()
+    x = torch.randn(4096, 4).half()
+    with torch.no_grad():
+        model[2].bias.copy_(torch.tensor([9.0, 0.0, 0.0]))
+    options = {"likelihood": "categorical", "kfac_approx": "expand", "fisher_type": "type-2"}
+    exact = kronecker_factors(copy.deepcopy(model).double(), x.double(), **options)
+    for name, block in kronecker_factors(model, x, **options).items():
+        truth = exact[name].gradient_covariance
+        assert (block.gradient_covariance - truth).norm() < 0.02 * truth.norm()

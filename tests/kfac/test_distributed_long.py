@@ -130,6 +130,7 @@ def train(case, model, kfac, numbers, rank=0):
         if ranks > 1:
             dist.all_reduce(valid)
         model.zero_grad()
+        kfac.reduce_factors()  # before DDP's own collectives, on all ranks or none
         (summed * ranks / valid).backward()
         kfac.precondition()
         with torch.no_grad():

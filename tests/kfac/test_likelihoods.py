@@ -137,16 +137,18 @@ def test_ignored_labels_are_masked():
 
 def test_labels_out_of_range_may_stand_under_a_mask_only():
     logits, targets = torch.randn(4, 3), torch.tensor([0, -100, 2, 3])
-    mask = torch.tensor([True, False, True, True])
-    (vector,) = Categorical().would_be_gradients(
-        logits, fisher_type="empirical", targets=targets, mask=mask
-    )
+    mask = torch.tensor([True, False, True, False])
+    options = {"fisher_type": "empirical", "targets": targets}
+    (vector,) = Categorical().would_be_gradients(logits, mask=mask, **options)
     (expected,) = Categorical().would_be_gradients(
         logits[::2], fisher_type="empirical", targets=targets[::2]
     )
     torch.testing.assert_close(vector[::2], expected)
-    assert not vector[1].any()
-    assert vector[3].isnan().all()
+    assert not vector[1::2].any()
+    with pytest.raises(ValueError, match=r"label -100 is not in 0 .. 2: mask the terms"):
+        list(Categorical().would_be_gradients(logits, **options))
+    with pytest.raises(ValueError, match=r"label 3 is not in 0 .. 2"):
+        list(Categorical(ignore_index=-100).would_be_gradients(logits, **options))
 
 
 def test_soft_labels():

@@ -1,6 +1,8 @@
 """Empirical factors out of the loss's own backward pass: those of a pass of their own."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from submission.kfac import (
     Categorical,
     Gaussian,
     KFACConfig,
+    Positions,
     curvature,
 )
 from submission.kfac.capture import Recording
@@ -373,25 +376,182 @@ def test_a_backward_pass_that_does_not_come_or_comes_twice():
     assert kfac.step == 1
 
 
+def measured(logits, loss_of, y, weights=None):
+    """c of a loss, and the number that it is when the loss is the likelihood's."""
+    logits = logits.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss_of(logits), logits)
+    (vector,) = Categorical().would_be_gradients(
+        logits, fisher_type="empirical", targets=y, mask=weights
+    )
+    return proportion(gradient, vector, torch.tensor(float(len(y))))
+
+
+@pytest.mark.parametrize("classes", [10, 256, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_proportion_in_single_and_half_precision(dtype):
-    logits = torch.randn(64, 10, dtype=torch.float32).to(dtype).requires_grad_()
-    y = torch.randint(10, (64,))
-    (gradient,) = torch.autograd.grad(128 * F.cross_entropy(logits, y), logits)
-    (vector,) = Categorical().would_be_gradients(logits, fisher_type="empirical", targets=y)
-    torch.testing.assert_close(float(proportion(gradient, vector)), 2.0, rtol=1e-2, atol=0)
-    weights = torch.linspace(0.5, 1.5, 64)[:, None].to(dtype)
-    assert proportion(gradient * weights, vector).isnan()
+def test_proportion_in_single_and_half_precision(dtype, classes):
+    logits = torch.randn(64, classes, dtype=torch.float32).to(dtype)
+    y = torch.randint(classes, (64,))
+    c = measured(logits, lambda f: 128 * F.cross_entropy(f.float(), y), y)
+    torch.testing.assert_close(float(c), 2.0, rtol=1e-2, atol=0)
+    weights = torch.linspace(0, 2, 64)
+    wrong = {
+        "weights": lambda f: (F.cross_entropy(f.float(), y, reduction="none") * weights).sum(),
+        "another loss": lambda f: F.cross_entropy(f.float(), y) + 1e-2 * f.float().square().sum(),
+    }
+    for name, loss_of in wrong.items():
+        assert measured(logits, loss_of, y, weights if name == "weights" else None).isnan(), name
 
 
-def test_proportion_where_almost_all_probability_is_right():
-    logits = torch.randn(64, 10, dtype=torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_proportion_where_almost_all_probability_is_right(dtype):
     y = torch.randint(10, (64,))
-    logits = (logits + 14 * F.one_hot(y, 10)).requires_grad_()
-    (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y), logits)
-    (vector,) = Categorical().would_be_gradients(logits, fisher_type="empirical", targets=y)
-    torch.testing.assert_close(float(proportion(gradient, vector)), 1 / 64, rtol=1e-2, atol=0)
-    assert proportion(torch.zeros_like(vector), vector).isnan()
+    logits = (torch.randn(64, 10, dtype=torch.float32) + 12 * F.one_hot(y, 10)).to(dtype)
+    c = measured(logits, lambda f: F.cross_entropy(f.float(), y), y)
+    torch.testing.assert_close(float(c), 1 / 64, rtol=2e-2, atol=0)
+    smoothed = measured(logits, lambda f: F.cross_entropy(f.float(), y, label_smoothing=0.1), y)
+    assert smoothed.isnan()
+    zero = torch.zeros(4, 3)
+    assert proportion(zero, torch.ones(4, 3), torch.tensor(4.0)).isnan()
+
+
+class TwoOutputs(nn.Module):
+    """Logits and other outputs of one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 5), nn.Linear(5, 6)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x))).split(3, -1)
+
+
+def test_other_outputs_of_the_same_operation_are_another_way(passes):
+    model, x, y = TwoOutputs(), torch.randn(7, 4), torch.randint(3, (7,))
+    kfac = KFAC(model, configuration())
+    for weight in (0.0, 1.0, 0.0):
+        others = []
+
+        def forward(x, others=others):
+            logits, other = model(x)
+            others.append(other)
+            return logits
+
+        def loss_of(out, others=others, weight=weight):
+            return cross_entropy(out, y) + (weight * others[0].square().sum() if weight else 0)
+
+        made = len(passes)
+        step(model, kfac, x, "categorical", loss_of, y, forward=forward)
+        assert (len(passes) > made) == bool(weight)
+
+
+def test_a_backward_pass_that_breaks_off_gives_no_statistics(caplog):
+    model, x, y = plain(), torch.randn(7, 2, 4), torch.randint(3, (7,))
+    kfac, reference = (KFAC(model, configuration()) for _ in range(2))
+    with kfac.record():
+        hidden = model[:2](x)
+        logits = model[2:](hidden)
+    hidden.register_hook(lambda g: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
+    loss = cross_entropy(logits, y)
+    kfac.update(logits, "categorical", targets=y, loss=loss)
+    with pytest.raises(torch.OutOfMemoryError):
+        loss.backward()
+    step(model, kfac, x, "categorical", lambda out: cross_entropy(out, y), y)
+    assert "are dropped" in caplog.text
+    step(model, reference, x, "categorical", lambda out: cross_entropy(out, y), y)
+    for key, value in tensors_of(reference).items():
+        torch.testing.assert_close(tensors_of(kfac)[key], value)
+
+
+def test_other_backward_passes_in_between_are_not_heard():
+    model, x, y = plain(), torch.randn(7, 2, 4), torch.randint(3, (7,))
+    kfac, reference = (KFAC(model, configuration()) for _ in range(2))
+    step(model, reference, x, "categorical", lambda out: cross_entropy(out, y), y)
+    model.zero_grad()
+    with kfac.record():
+        hidden = model[:2](x)
+        logits = model[2:](hidden)
+    loss = cross_entropy(logits, y)
+    kfac.update(logits, "categorical", targets=y, loss=loss)
+    torch.autograd.grad(hidden.square().sum(), model[0].weight, retain_graph=True)
+    loss.backward()
+    kfac.precondition()
+    for key, value in tensors_of(reference).items():
+        torch.testing.assert_close(tensors_of(kfac)[key], value)
+
+
+def test_a_loss_that_changes_for_good_is_looked_at_again(passes):
+    model, x, y = plain(), torch.randn(7, 2, 4), torch.randint(3, (7,))
+    kfac = KFAC(model, configuration(max_failures=2))
+    for smoothing in (0.0, 0.3, 0.3, 0.3, 0.3):
+        step(
+            model, kfac, x, "categorical",
+            lambda out, s=smoothing: cross_entropy(out, y, label_smoothing=s), y,
+        )  # fmt: skip
+    assert kfac.failures["statistics"] == 1
+    assert len(passes) == 3
+
+
+def test_penalties_and_bare_parameters_may_come_later(passes):
+    class Penalised(Shifted):
+        def forward(self, x):
+            self.hidden = super().forward(x)
+            return self.hidden + 0
+
+    model, x, y = Penalised(), torch.randn(7, 4), torch.randint(3, (7,))
+    model.shift.requires_grad_(False)
+    kfac = KFAC(model, configuration())
+
+    def loss_of(out, penalty=0.0):
+        return cross_entropy(out, y) + (penalty * model.hidden.square().sum() if penalty else 0)
+
+    def train(penalty):
+        model.zero_grad()
+        with kfac.record():
+            logits = model(x)
+        loss = loss_of(logits, penalty)
+        kfac.update(logits, "categorical", targets=y, loss=loss)
+        loss.backward()
+        kfac.precondition()
+
+    train(0.0)
+    assert not passes
+    train(1.0)
+    assert len(passes) == 1
+    model.shift.requires_grad_(True)
+    train(0.0)
+    assert len(passes) == 2
+    assert "shift" in kfac.curvature()
+
+
+def test_nothing_is_kept_alive_by_the_graph_of_a_pass():
+    model, x, y = plain(), torch.randn(7, 2, 4), torch.randint(3, (7,))
+    kfac = KFAC(model, configuration())
+    with kfac.record():
+        logits = model(x)
+    loss = cross_entropy(logits, y)
+    kfac.update(logits, "categorical", targets=y, loss=loss)
+    kept = weakref.ref(kfac)
+    del kfac, logits, loss
+    gc.collect()
+    assert kept() is None
+
+
+def test_time_first_with_as_many_steps_as_examples_gets_no_signs():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    x, y = torch.randn(5, 5, 4), torch.randint(3, (5, 5))
+    found = []
+    for share in (True, False):
+        kfac = KFAC(model, configuration(kfac_approx="reduce"))
+        model.zero_grad()
+        with kfac.record(Positions(batch_dim=1)):
+            logits = model(x)
+        loss = cross_entropy(logits, y)
+        kfac.update(logits, "categorical", targets=y, loss=loss if share else None)
+        loss.backward()
+        kfac.precondition()
+        found.append(tensors_of(kfac))
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value)
 
 
 def test_rows_of_one_example_get_no_signs_of_their_own():
