@@ -114,6 +114,7 @@ class Recording:
         self._examples: dict[str, int] = {}
         self._listening = False
         self._heard = False
+        self._waits_for_layers = False
         self._examples_share = examples_share
         self._called = called
         self._precision = precision
@@ -400,6 +401,7 @@ class Recording:
     def begin_loss_pass(self) -> None:
         """The statistics are to come from the backward pass of the loss, see `loss_pass`."""
         # The graph holds this recording by its taps, and so must not be held by it.
+        self._waits_for_layers = bool(self._edges)
         self._edges.clear()
         self._below.clear()
         self._heard = False
@@ -412,14 +414,15 @@ class Recording:
         """The backward pass of the loss has come: its gradients were `scale` times too large."""
         if self.out_of_memory is not None:
             return
-        self._check_heard()
+        if self._waits_for_layers:
+            self._check_heard()
         with self._collecting("the statistics of the gradients"):
             for collector in self._collectors.values():
                 collector.end_pass(single=False)
                 collector.rescale_gradients(1 / scale)
 
     def _check_heard(self) -> None:
-        if any(c.calls for c in self._collectors.values()) and not self._heard:
+        if not self._heard:
             raise GraphError(
                 "no recorded layer is in the graph of the logits: they belong to another forward "
                 "pass than the last one inside record(), or were computed from detached outputs"
