@@ -123,6 +123,9 @@ class ExpandCollector(Collector):
             # The ones go in before padding is taken out, which has none.
             values = factors.append_ones(values) if joint else values
             self._add_rows("A", own_copy(part.kind.input_rows(module, values, sharing), x))
+        elif part.kind.has_plain_rows and not part.diagonal_input and not self.sharings:
+            side = part.sides[1]
+            self.sums["A"] = part.kind.second_moment(x, sharing, joint, side, self._dtype)
         else:
             part.kind.add_second_moment(self._moment("A"), module, x, sharing, joint)
         count = count_rows(leading, sharing)
@@ -136,17 +139,17 @@ class ExpandCollector(Collector):
 
     def gradient(self, call: int, g: Tensor) -> None:
         part, sharing = self.part, self.sharings[call]
-        if part.kind.has_plain_rows and g.numel() <= self._most["B"] * part.sides[0]:
+        if part.kind.has_plain_rows:
             rows = part.kind.gradient_rows(part.module, g, sharing).to(self._dtype)
-            self._add_rows("B", rows)
+            self._add_rows("B", rows, part.diagonal_gradient)
         else:
             part.kind.add_gradient_moment(self._moment("B"), part.module, g, sharing)
         if self._keep_rows:
             rows = part.kind.gradient_rows(part.module, g, sharing).to(self._dtype)
             self.rows.append((self._inputs[call], rows))
 
-    def _add_rows(self, side: str, rows: Tensor) -> None:
-        add_rows(self.sums, side, rows, False, most=self._most[side])
+    def _add_rows(self, side: str, rows: Tensor, diagonal: bool = False) -> None:
+        add_rows(self.sums, side, rows, diagonal, most=self._most[side])
 
     def _moment(self, side: str) -> Tensor:
         """The sum of outer products, made when it is first needed."""

@@ -105,6 +105,11 @@ def outer_products(rows: Tensor, diagonal: bool) -> Tensor:
     return moment
 
 
+def write_outer_products(moment: Tensor, rows: Tensor) -> None:
+    """moment [d, d] = Σ row rowᵀ of rows [n, d], whatever the memory held before."""
+    _write_symmetric(moment, rows, keep=False)
+
+
 def _write_outer_products(moment: Tensor, rows: Tensor, keep: bool) -> None:
     """moment += Σ row rowᵀ (= where not `keep`), not diagonal."""
     if moment.dim() == 2:

@@ -34,7 +34,7 @@ class Kind(ABC):
     """The canonical view of one type of linear layer (see the module's docstring)."""
 
     module_types: tuple[type[nn.Module], ...]
-    has_plain_rows = False  # rows of inputs are views of them, free to have
+    has_plain_rows = False  # rows of inputs are views of them, free to have; see `LinearKind`
 
     def keeps_diagonal_input(self, module: Any, approx: str) -> bool:
         """Whether A is diagonal, or too large to be kept as anything else."""
@@ -149,6 +149,26 @@ class LinearKind(Kind):
             factors.add_outer_products(moment[0, :d, :d], rows)
         if ones:
             factors.border_with_ones(moment[0], rows.sum(0), count)
+
+    def second_moment(
+        self, x: Tensor, sharing: Sharing, ones: bool, side: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Σ over all rows of a aᵀ, [1, side, side], written once in place of added to zeros.
+
+        side: P_in, or one more: for the ones, or zeros where there are to be none.
+        """
+        rows = zero_padding(self._rows(x, sharing), sharing).to(dtype)
+        count = count_rows(rows.shape[:-1], sharing)
+        rows = rows.flatten(0, -2)
+        d = rows.shape[-1]
+        moment = rows.new_empty(1, side, side)
+        factors.write_outer_products(moment[0, :d, :d], rows)
+        if side > d:
+            moment[0, -1] = 0
+            moment[0, :, -1] = 0
+        if ones:
+            factors.border_with_ones(moment[0], rows.sum(0), count)
+        return moment
 
     def summed_inputs(self, module: Any, x: Tensor, sharing: Sharing, dtype: torch.dtype) -> Tensor:
         return sum_rows(self._rows(x, sharing).to(dtype), sharing).unsqueeze(0)
