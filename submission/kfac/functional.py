@@ -211,7 +211,7 @@ def kept_buffers(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for name, buffer in model.named_buffers():
+            for name, buffer in model.named_buffers() if buffers else ():
                 if name in buffers and not torch.equal(buffer, buffers[name]):
                     buffer.copy_(buffers[name])
 
@@ -219,6 +219,8 @@ def kept_buffers(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Leaves buffers and the global random state as they were."""
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    # Walks through all modules take a share of the time of small models.
+    parameters = model.parameters() if torch.cuda.is_available() else ()
+    devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
     with kept_buffers(model), torch.random.fork_rng(devices=devices):
         yield

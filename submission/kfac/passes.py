@@ -82,7 +82,7 @@ def fisher_passes(
         targets=targets,
         generator=generator,
     )
-    mixed = mixes_examples(model)
+    mixed = fisher_type != "mc" and mixes_examples(model)
     folded = any(n != logits.shape[dim] for n in examples)
     signed = mixed if signs is None else signs and (mixed or not folded)
     if fisher_type == "empirical" and signed:
