@@ -6,8 +6,7 @@ pass would: c is measured at the logits, and taken out of the sums when they are
 
 BatchNorm with the statistics of the batch is where the two differ. A Fisher pass has random signs
 there (see `passes`), and is right on average. In the loss's pass, what reaches an example's outputs
-from the losses of others counts as the example's own: a part of it that falls with the batch, and
-what K-FAC libraries that take the loss's pass all do.
+from the losses of others counts as the example's own.
 """
 
 from __future__ import annotations

@@ -272,6 +272,8 @@ class KFAC:
             if self._sharing is None and self._state.approx == "reduce":
                 warn_of_folded_positions(recording.examples, likelihood, logits)
         terms = likelihood.terms(logits.detach(), mask, targets)
+        # On all ranks alike, also on one that ran out of memory: else collectives change places.
+        self._loss_given |= loss is not None and self.config.fisher_type == "empirical"
         if recording.out_of_memory is None:
             passes = partial(
                 fisher_passes,
@@ -286,7 +288,6 @@ class KFAC:
                 examples=recording.examples.values(),
             )
             if loss is not None and self.config.fisher_type == "empirical":
-                self._loss_given = True
                 (at_labels,) = passes(signs=False)
                 if self._is_shareable(recording, loss, logits, at_labels, terms):
                     self._loss_pass = LossPass(recording, logits, at_labels, terms)

@@ -536,6 +536,28 @@ def test_nothing_is_kept_alive_by_the_graph_of_a_pass():
     assert kept() is None
 
 
+def test_a_rank_without_memory_starts_its_sums_no_earlier_than_the_others(monkeypatch):
+    model, x, y = plain(), torch.randn(7, 2, 4), torch.randint(3, (7,))
+
+    def no_room(*args):
+        raise torch.OutOfMemoryError("no room")
+
+    kfac = KFAC(model, configuration(factor_decay=0.9))
+    for lost in (False, True):
+        with monkeypatch.context() as patch:
+            if lost:
+                patch.setattr("submission.kfac.collectors.ExpandCollector.forward", no_room)
+            with kfac.record():
+                logits = model(x)
+        loss = cross_entropy(logits, y)
+        kfac.update(logits, "categorical", targets=y, loss=loss)
+        kfac.reduce_factors()
+        assert kfac._reduction is None
+        loss.backward()
+        kfac.precondition()
+    assert kfac.failures["memory"] == 1
+
+
 def test_time_first_with_as_many_steps_as_examples_gets_no_signs():
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
     x, y = torch.randn(5, 5, 4), torch.randint(3, (5, 5))
