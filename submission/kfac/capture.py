@@ -9,6 +9,7 @@ each output's gradient to the collector and lets it go.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -114,7 +115,7 @@ class Recording:
         self._examples: dict[str, int] = {}
         self._listening = False
         self._heard = False
-        self._waits_for_layers = False
+        self._waits_for_layers = self._is_last_pass = False
         self._examples_share = examples_share
         self._called = called
         self._precision = precision
@@ -337,15 +338,20 @@ class Recording:
             except SharingError as error:
                 raise SharingError(f"layer '{name}': {error}") from None
         call = collector.calls - 1
+        # The graph outlives the recording: it must not keep what the collector holds.
+        owner = weakref.ref(collector)
 
         def callback(g: Tensor) -> None:
             self._heard = True
-            if not self._listening or self.out_of_memory is not None:
+            collector = owner()
+            if not self._listening or collector is None or self.out_of_memory is not None:
                 return
             g = g.detach().movedim(batch_dim, 0)
             doing = f"the statistics of layer '{name}' (gradient {list(g.shape)})"
             with self._collecting(doing):
                 collector.gradient(call, g if scale == 1 else g[:used] * scale)
+                if self._is_last_pass:
+                    collector.forget(call)
 
         tapped: Tensor = Tap.apply(y, callback)  # type: ignore[no-untyped-call]
         return tapped
@@ -382,6 +388,7 @@ class Recording:
         if self._edges:
             parameters = [part.parameter for part in self._diagonals] if come_along else []
             self._propagate(logits, which, parameters)
+            self._end_propagation()
         if self.out_of_memory is None and self._diagonals and not (come_along and self._edges):
             for alone in one_example_at_a_time(which.vector, which.example_dim):
                 self._square_gradients(logits, alone)
@@ -400,8 +407,9 @@ class Recording:
 
     def begin_loss_pass(self) -> None:
         """The statistics are to come from the backward pass of the loss, see `loss_pass`."""
+        self._end_propagation()
         # The graph holds this recording by its taps, and so must not be held by it.
-        self._waits_for_layers = bool(self._edges)
+        self._waits_for_layers, self._is_last_pass = bool(self._edges), True
         self._edges.clear()
         self._below.clear()
         self._heard = False
@@ -445,6 +453,11 @@ class Recording:
                 collector.end_pass(which.single)
             if parameters:
                 self._add_squares(grads[len(edges) :])
+
+    def _end_propagation(self) -> None:
+        with self._collecting("the statistics of the inputs"):
+            for collector in self._collectors.values():
+                collector.end_propagation()
 
     def _square_gradients(self, logits: Tensor, vector: Tensor) -> None:
         parameters = [part.parameter for part in self._diagonals]

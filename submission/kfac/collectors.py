@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import factors
+from .graph import inside_checkpoint
 from .low_rank import most_rows
 from .norms import Statistics, example_gradients, kept_statistics
 from .sharing import Sharing, SharingError, check_segments, count_rows, rows_per_example
@@ -30,6 +31,7 @@ from .statistics import (
     statistics_dtype,
 )
 
+LARGE = 1 / 4  # an A of more numbers than this share of its input's is formed late
 FEW = 8  # with d / 8 rows a pass over a factor of side d costs more than several over them
 
 
@@ -81,6 +83,12 @@ class Collector(ABC):
     def end_forward(self) -> None:  # noqa: B027 - most have nothing to finish
         """All calls of the forward pass have been seen."""
 
+    def forget(self, call: int) -> None:  # noqa: B027
+        """No more gradients of the output of this call will come."""
+
+    def end_propagation(self) -> None:  # noqa: B027
+        """What the first Fisher pass needs memory for is gone; or there is to be none."""
+
     def end_pass(self, single: bool) -> None:  # noqa: B027
         """All gradients of one Fisher pass, of one example or of all, have been seen."""
 
@@ -112,6 +120,7 @@ class ExpandCollector(Collector):
         self._most = most_rows_of(part, uses)
         self._keep_rows = keep_rows
         self._inputs: list[Tensor] = []
+        self._waiting: list[tuple[Tensor, Sharing, Any]] = []
 
     def forward(self, x: Tensor, sharing: Sharing, module: Any) -> None:
         part = self.part
@@ -123,11 +132,10 @@ class ExpandCollector(Collector):
             # The ones go in before padding is taken out, which has none.
             values = factors.append_ones(values) if joint else values
             self._add_rows("A", own_copy(part.kind.input_rows(module, values, sharing), x))
-        elif part.kind.has_plain_rows and not part.diagonal_input and not self.sharings:
-            side = part.sides[1]
-            self.sums["A"] = part.kind.second_moment(x, sharing, joint, side, self._dtype)
+        elif self._may_wait(x):
+            self._waiting.append((x, sharing, module))
         else:
-            part.kind.add_second_moment(self._moment("A"), module, x, sharing, joint)
+            self._add_inputs(x, sharing, module)
         count = count_rows(leading, sharing)
         if part.has_bias and not part.joint_bias:
             _corner(self._moment("A")).add_(count)
@@ -136,6 +144,31 @@ class ExpandCollector(Collector):
         if self._keep_rows:
             rows = part.kind.input_rows(module, x, sharing).to(self._dtype)
             self._inputs.append(factors.append_ones(rows) if part.has_bias else own_copy(rows, x))
+
+    def _may_wait(self, x: Tensor) -> bool:
+        """Whether A takes so much memory that it should be formed after the Fisher pass.
+
+        The peak of memory is in that pass. Until then A is represented by the input, which the
+        graph holds for the loss's backward pass anyway (and which may not be written into, or that
+        pass would fail); unless a checkpoint lets go of it.
+        """
+        side = self.part.sides[1]
+        is_large = not self.part.diagonal_input and side * side > LARGE * x.numel()
+        return is_large and not inside_checkpoint()
+
+    def end_propagation(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for x, sharing, module in waiting:
+            self._add_inputs(x, sharing, module)
+
+    def _add_inputs(self, x: Tensor, sharing: Sharing, module: Any) -> None:
+        part, joint = self.part, self.part.has_bias and self.part.joint_bias
+        is_first = "A" not in self.sums and "A_rows" not in self.sums
+        if part.kind.has_plain_rows and not part.diagonal_input and is_first:
+            side = part.sides[1]
+            self.sums["A"] = part.kind.second_moment(x, sharing, joint, side, self._dtype)
+        else:
+            part.kind.add_second_moment(self._moment("A"), module, x, sharing, joint)
 
     def gradient(self, call: int, g: Tensor) -> None:
         part, sharing = self.part, self.sharings[call]
@@ -254,7 +287,7 @@ class UnitwiseCollector(Collector):
         super().__init__()
         self.part = part
         self.sums = empty_unitwise_sums(part)
-        self._inputs: list[Tensor] = []
+        self._inputs: list[Tensor | None] = []
         self._statistics: list[Statistics | None] = []
         self._gradients: Tensor | None = None
 
@@ -269,17 +302,21 @@ class UnitwiseCollector(Collector):
         self._statistics.append(kept_statistics(y) if self.part.module.training else None)
 
     def gradient(self, call: int, g: Tensor) -> None:
-        part = self.part
+        part, x = self.part, self._inputs[call]
+        assert x is not None
         total = example_gradients(
             part.kind,
             part.module,
-            self._inputs[call],
+            x,
             g,
             self.sharings[call],
             self.sums["F"].dtype,
             self._statistics[call],
         )
         self._gradients = total if self._gradients is None else self._gradients + total
+
+    def forget(self, call: int) -> None:
+        self._inputs[call] = self._statistics[call] = None
 
     def end_pass(self, single: bool) -> None:
         if self._gradients is None:

@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-PACKED_ROWS = 128  # rows of a symmetric matrix that are packed at a time
+from .symmetric import Panel, mirror, panels, views
+
+PACKED_ROWS = 128  # about so many rows of a symmetric matrix are packed at a time
 
 
 def world_size() -> int:
@@ -62,7 +64,7 @@ class Reduction:
                     piece.copy_(flat[start : start + piece.numel()].view_as(piece))
                     start += piece.numel()
                 if mark:
-                    _mirror(tensor)
+                    mirror(tensor, _panels(tensor))
         self._groups.clear()
 
 
@@ -72,18 +74,12 @@ def all_reduce_sums(tensors: Sequence[Tensor]) -> None:
 
 
 def _pieces(tensor: Tensor, symmetric: bool) -> list[Tensor]:
-    """Views that together hold everything: the tensor, or blocks of rows right of the diagonal."""
-    if not symmetric:
-        return [tensor]
-    side = tensor.shape[-1]
-    return [tensor[..., i : i + PACKED_ROWS, i:] for i in range(0, side, PACKED_ROWS)]
+    """Views that together hold everything: the tensor, or its panels."""
+    return views(tensor, _panels(tensor)) if symmetric else [tensor]
 
 
-def _mirror(tensor: Tensor) -> None:
-    """Fills what is below the diagonal blocks from what is right of them."""
-    for i in range(0, tensor.shape[-1], PACKED_ROWS):
-        end = i + PACKED_ROWS
-        tensor[..., end:, i:end] = tensor[..., i:end, end:].mT
+def _panels(tensor: Tensor) -> list[Panel]:
+    return panels(tensor.shape[-1], PACKED_ROWS)
 
 
 def broadcast_all(tensors: Sequence[Sequence[Tensor]]) -> None:

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .symmetric import mirror, panels, views
+
 PRECISIONS = {
     "float32": "as the statistics are, float64 for float64 parameters",
     "tf32": "float32 sums of products of TF32 numbers (10 bits), on GPUs that have them",
@@ -75,10 +77,9 @@ def _has_new_switch() -> bool:
 
 def _add_product(moment: Tensor, left: Tensor, right: Tensor, keep: bool) -> None:
     """moment += leftᵀ right in place (= where not `keep`), for rows [n, d] and [n, e]."""
-    if not _rounds_to_bfloat16 or moment.dtype != torch.float32:
+    if left.dtype == moment.dtype:
         moment.addmm_(left.mT, right, beta=int(keep))
         return
-    left, right = left.bfloat16(), right.bfloat16()
     if not keep:
         moment.zero_()
     for first in range(0, len(left), ROWS_PER_SUM):
@@ -120,23 +121,22 @@ def _write_outer_products(moment: Tensor, rows: Tensor, keep: bool) -> None:
         moment.baddbmm_(rows.mT, rows, beta=int(keep))
 
 
-# Below, one product of all columns is faster than three of halves: it is small, or takes no longer
-# than its entries to be written.
-SMALLEST_SPLIT_SIDE, FEWEST_SPLIT_ROWS = 384, 64
+# A product of fewer rows takes no longer than its entries to be written, and is not split. On a CPU
+# these panels were the fastest; a GPU needs larger ones to be busy (not measured).
+FEWEST_SPLIT_ROWS = 64
+PANEL_WIDTH, PANEL_WIDTH_ELSEWHERE = {"cpu": 128}, 1024
 
 
 def _write_symmetric(moment: Tensor, rows: Tensor, keep: bool) -> None:
     """moment [d, d] += rowsᵀ rows (= where not `keep`): the lower left is copied, not computed."""
+    if _rounds_to_bfloat16 and moment.dtype == torch.float32:
+        rows = rows.bfloat16()
     side = moment.shape[0]
-    if side < SMALLEST_SPLIT_SIDE or len(rows) < FEWEST_SPLIT_ROWS:
-        _add_product(moment, rows, rows, keep)
-        return
-    half = side // 2
-    first, second = rows[:, :half], rows[:, half:]
-    _write_symmetric(moment[:half, :half], first, keep)
-    _write_symmetric(moment[half:, half:], second, keep)
-    _add_product(moment[:half, half:], first, second, keep)
-    moment[half:, :half].copy_(moment[:half, half:].mT)
+    width = PANEL_WIDTH.get(moment.device.type, PANEL_WIDTH_ELSEWHERE)
+    parts = panels(side, side if len(rows) < FEWEST_SPLIT_ROWS else width)
+    for (first, end), panel in zip(parts, views(moment, parts), strict=True):
+        _add_product(panel, rows[:, first:end], rows[:, first:], keep)
+    mirror(moment, parts)
 
 
 def border_with_ones(moment: Tensor, row_sum: Tensor, count: Tensor | float) -> None:

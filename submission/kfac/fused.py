@@ -11,17 +11,16 @@ nothing is recorded, and must then be the same.
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from .graph import inside_checkpoint
 from .parameters import LinearView, ParameterSlice
 
 
@@ -87,16 +86,6 @@ class Unrolled:
         for tap in self.taps:
             y = tap(which, x, y, **known)
         return y
-
-
-def inside_checkpoint() -> bool:
-    """Whether `torch.utils.checkpoint` is among the callers."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def unroll(module: nn.Module, tap: Tap) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
@@ -60,6 +62,16 @@ def gradients(logits: Tensor, inputs: list[Any], vector: Tensor) -> Sequence[Ten
 def is_differentiated(output: Any) -> bool:
     """Whether the output of a module is part of a graph."""
     return torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad
+
+
+def inside_checkpoint() -> bool:
+    """Whether `torch.utils.checkpoint` is among the callers."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def earliest(edges: list[GradientEdge]) -> list[GradientEdge]:

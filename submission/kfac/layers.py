@@ -22,6 +22,7 @@ from .sharing import (
     count_rows,
     flatten_positions,
     sum_rows,
+    without_padding,
     zero_padding,
 )
 
@@ -78,7 +79,7 @@ class Kind(ABC):
     def input_rows(self, module: Any, x: Tensor, sharing: Sharing) -> Tensor:
         """All rows of an input, materialised, in the order of `gradient_rows`.
 
-        [groups, rows, P_in], padding rows zero; without the column of ones.
+        [groups, rows, P_in], padding rows zero or left out; without the column of ones.
         """
 
     @abstractmethod
@@ -87,7 +88,7 @@ class Kind(ABC):
 
     @abstractmethod
     def gradient_rows(self, module: Any, g: Tensor, sharing: Sharing) -> Tensor:
-        """Gradients of the outputs as rows: [groups, rows, P_out], padding rows zero."""
+        """Gradients of the outputs as rows: [groups, rows, P_out], padding rows zero or left out."""
 
     def add_gradient_moment(self, moment: Tensor, module: Any, g: Tensor, sharing: Sharing) -> None:
         """moment [groups, P_out, P_out], or its diagonals, += Σ over all rows of g gᵀ, in place."""
@@ -139,9 +140,9 @@ class LinearKind(Kind):
     def add_second_moment(
         self, moment: Tensor, module: Any, x: Tensor, sharing: Sharing, ones: bool
     ) -> None:
-        rows = zero_padding(self._rows(x, sharing), sharing).to(moment.dtype)
+        rows = self._rows(x, sharing)
         count = count_rows(rows.shape[:-1], sharing)
-        rows = rows.flatten(0, -2)
+        rows = without_padding(rows, sharing).to(moment.dtype).flatten(0, -2)
         d = rows.shape[-1]
         if moment.dim() == 2:  # diagonal
             factors.add_outer_products(moment[:, :d], rows.unsqueeze(0))
@@ -157,9 +158,9 @@ class LinearKind(Kind):
 
         side: P_in, or one more: for the ones, or zeros where there are to be none.
         """
-        rows = zero_padding(self._rows(x, sharing), sharing).to(dtype)
+        rows = self._rows(x, sharing)
         count = count_rows(rows.shape[:-1], sharing)
-        rows = rows.flatten(0, -2)
+        rows = without_padding(rows, sharing).to(dtype).flatten(0, -2)
         d = rows.shape[-1]
         moment = rows.new_empty(1, side, side)
         factors.write_outer_products(moment[0, :d, :d], rows)
@@ -177,7 +178,7 @@ class LinearKind(Kind):
         return self.gradient_rows(module, x, sharing)
 
     def gradient_rows(self, module: Any, g: Tensor, sharing: Sharing) -> Tensor:
-        rows = zero_padding(self._rows(g, sharing), sharing)
+        rows = without_padding(self._rows(g, sharing), sharing)
         return rows.flatten(0, -2).unsqueeze(0)
 
     def summed_gradients(
@@ -358,7 +359,8 @@ class EmbeddingKind(Kind):
         rows = torch.zeros(
             weights.numel(), module.num_embeddings, dtype=weights.dtype, device=weights.device
         )
-        return rows.scatter_(1, indices.flatten()[:, None], weights[:, None]).unsqueeze(0)
+        rows.scatter_(1, indices.flatten()[:, None], weights[:, None])
+        return without_padding(rows, sharing).unsqueeze(0)
 
     def gradient_rows(self, module: Any, g: Tensor, sharing: Sharing) -> Tensor:
         return LinearKind().gradient_rows(module, g, sharing)

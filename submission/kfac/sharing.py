@@ -106,9 +106,23 @@ class Segments:
         sizes.index_add_(0, self.ids, torch.ones_like(self.ids))
         return sizes if self.segment_mask is None else sizes * self.segment_mask
 
+    @cached_property
+    def rows_before_padding(self) -> int | None:
+        """How many rows come before those of padding examples, which are all that comes after.
+
+        None where others come after them, or where finding out would wait for a device.
+        """
+        mask = self.row_mask()
+        if mask is None:
+            return self.rows
+        if mask.device.type != "cpu":
+            return None
+        before = int(mask.sum())
+        return before if bool(mask[:before].all()) else None
+
     def row_mask(self) -> Tensor | None:
         """Bool [rows], False for rows of padding examples; None without padding."""
-        return None if self.segment_mask is None else self.segment_mask[self.ids]
+        return None if self.segment_mask is None else self.segment_mask.bool()[self.ids]
 
 
 Sharing = Positions | Segments
@@ -228,6 +242,17 @@ def zero_padding(rows: Tensor, sharing: Sharing) -> Tensor:
         return torch.where(sharing.mask.bool().unsqueeze(-1), rows, 0)
     mask = sharing.row_mask()
     return rows if mask is None else torch.where(mask.unsqueeze(-1), rows, 0)
+
+
+def without_padding(rows: Tensor, sharing: Sharing) -> Tensor:
+    """Rows without padding, a view, where all of it is at the end; otherwise `zero_padding`.
+
+    For sums over all rows. Rows that this was done to are to be paired with such rows only.
+    """
+    if isinstance(sharing, Segments) and sharing.rows_before_padding is not None:
+        check_segments(rows.shape[0], sharing)
+        return rows[: sharing.rows_before_padding]
+    return zero_padding(rows, sharing)
 
 
 def count_rows(leading: torch.Size, sharing: Sharing) -> Tensor | int:

@@ -119,7 +119,7 @@ def test_patches_are_chunked_without_a_difference(monkeypatch):
 
 @pytest.mark.parametrize("side", [5, 64, 101])
 def test_symmetric_products_add_to_what_is_there(side, monkeypatch):
-    monkeypatch.setattr(factors, "SMALLEST_SPLIT_SIDE", 16)
+    monkeypatch.setattr(factors, "PANEL_WIDTH", {"cpu": 16})
     monkeypatch.setattr(factors, "FEWEST_SPLIT_ROWS", 5)
     rows, before = torch.randn(7, side), torch.randn(3, side)
     moment = before.T @ before
@@ -133,7 +133,7 @@ def test_symmetric_products_add_to_what_is_there(side, monkeypatch):
 def test_a_fresh_moment_has_nothing_of_the_memory_that_it_is_written_to(
     groups, n, precision, monkeypatch
 ):
-    monkeypatch.setattr(factors, "SMALLEST_SPLIT_SIDE", 16)
+    monkeypatch.setattr(factors, "PANEL_WIDTH", {"cpu": 16})
     monkeypatch.setattr(factors, "FEWEST_SPLIT_ROWS", 5)
     rows = torch.randn(groups, n, 40, dtype=torch.float32)
     close = {"rtol": 0.1, "atol": 0.2} if precision == "bfloat16" else {}
