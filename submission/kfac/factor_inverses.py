@@ -20,12 +20,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .low_rank import VECTORS_FOR_EXPLICIT_INVERSE
 
 FactorInverse = dict[str, Tensor]
 
+# PyTorch walks through a triangle column by column, which takes as long as the factorisation itself
+# where all of a row's memory falls into the same places of a CPU's cache: padding moves it.
+SLOW_SIDE, PADDING = 512, 16
 MOST_ROWS_IN_FLOAT64 = 256  # a Gram matrix of more costs too much in it
 
 
@@ -109,9 +113,11 @@ def _factorised(requests: Sequence[Request]) -> tuple[list[FactorInverse], Tenso
     form = requests[0].form
     factors, added = [r.factor for r in requests], [r.added for r in requests]
     single = len(requests) == 1
-    damped = factors[0].clone() if single else torch.cat(factors)
-    damped.diagonal(dim1=-2, dim2=-1).add_((added[0] if single else torch.cat(added)).unsqueeze(-1))
-    lower, info = torch.linalg.cholesky_ex(damped)
+    lower, info = (
+        _cholesky(factors[0], added[0])
+        if single
+        else _cholesky(torch.cat(factors), torch.cat(added))
+    )
     # A zero on the diagonal of a failed attempt would be an error of its own.
     lower.diagonal(dim1=-2, dim2=-1).masked_fill_((info != 0).unsqueeze(-1), 1)
     result = torch.cholesky_inverse(lower) if form == "inverse" else lower
@@ -122,6 +128,20 @@ def _factorised(requests: Sequence[Request]) -> tuple[list[FactorInverse], Tenso
         ok &= matrix.diagonal(dim1=-2, dim2=-1).isfinite().all()
     pieces = result.split([len(factor) for factor in factors])
     return [{form: piece} for piece in pieces], ok
+
+
+def _cholesky(matrix: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+    """L of matrix + added·I, and LAPACK's info (0: good); the matrix is left as it is."""
+    side = matrix.shape[-1]
+    if matrix.device.type == "cpu" and side % SLOW_SIDE == 0:
+        damped = F.pad(matrix, (0, PADDING, 0, PADDING))
+    else:
+        damped = matrix.clone()
+    diagonal = damped.diagonal(dim1=-2, dim2=-1)
+    diagonal[..., :side].add_(added.unsqueeze(-1))
+    diagonal[..., side:] = 1
+    lower, info = torch.linalg.cholesky_ex(damped)
+    return lower[..., :side, :side], info
 
 
 def _invert_with_care(request: Request) -> FactorInverse | None:
@@ -146,10 +166,7 @@ def _damped_cholesky(factor: Tensor, added: Tensor) -> Tensor | None:
     largest = factor.diagonal(dim1=-2, dim2=-1).amax(-1)
     resolution = torch.finfo(factor.dtype).eps * factor.shape[-1] * largest
     for extra in (added, torch.maximum(added, resolution)):
-        damped = factor.to(torch.float64, copy=True)
-        damped.diagonal(dim1=-2, dim2=-1).add_(extra.to(torch.float64).unsqueeze(-1))
-        lower: Tensor
-        lower, info = torch.linalg.cholesky_ex(damped)
+        lower, info = _cholesky(factor.double(), extra.double())
         # What is not finite in a row reaches the row's end, on the diagonal.
         if bool((info == 0).all()) and _is_finite(lower):
             return lower
@@ -180,10 +197,7 @@ def _invert_low_rank(request: Request) -> FactorInverse | None:
 
 def _damped_gram(gram: Tensor, added: Tensor) -> Tensor | None:
     """L, in float64 where it cannot be had in the matrix's own type."""
-    damped = gram.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(added.to(gram.dtype).unsqueeze(-1))
-    lower: Tensor
-    lower, info = torch.linalg.cholesky_ex(damped)
+    lower, info = _cholesky(gram, added.to(gram.dtype))
     if bool((info == 0).all()) and _is_finite(lower):
         return lower
     return _damped_cholesky(gram, added)

@@ -79,7 +79,7 @@ class Kind(ABC):
     def input_rows(self, module: Any, x: Tensor, sharing: Sharing) -> Tensor:
         """All rows of an input, materialised, in the order of `gradient_rows`.
 
-        [groups, rows, P_in], padding rows zero or left out; without the column of ones.
+        [groups, rows, P_in], without the column of ones; padding is zero or left out.
         """
 
     @abstractmethod
@@ -88,7 +88,7 @@ class Kind(ABC):
 
     @abstractmethod
     def gradient_rows(self, module: Any, g: Tensor, sharing: Sharing) -> Tensor:
-        """Gradients of the outputs as rows: [groups, rows, P_out], padding rows zero or left out."""
+        """Gradients of the outputs as rows: [groups, rows, P_out]; padding is zero or left out."""
 
     def add_gradient_moment(self, moment: Tensor, module: Any, g: Tensor, sharing: Sharing) -> None:
         """moment [groups, P_out, P_out], or its diagonals, += Σ over all rows of g gᵀ, in place."""

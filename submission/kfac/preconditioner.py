@@ -43,6 +43,7 @@ from .gradient_rules import make_state_batches, write_eigenbasis_steps, write_pr
 from .likelihoods import Likelihood, as_likelihood
 from .loss_pass import LossPass, is_multiple, may_share
 from .model_parts import ModelParts
+from .old_inverses import OldInverses
 from .partition import unwrap
 from .passes import FisherPass, fisher_passes
 from .recorder import is_compiled, record
@@ -85,6 +86,7 @@ class KFAC:
         self._sharing: SharingRule = None
         self._accumulated: Accumulated | None = None
         self._reduction: Reduction | None = None
+        self._old_inverses = OldInverses()
         self._batches: list[Batch] | None = None  # of the state's tensors; made anew when they are
         device = next(self._model.parameters()).device
         self._generator = torch.Generator(device)  # seeded in every step, see `sampling_seed`
@@ -172,6 +174,9 @@ class KFAC:
         if self._parts.is_outdated:
             self._split()
             self._state.inverses_stale = True
+        if self.inverses_due:
+            self._batches = None  # they hold what is being packed
+            self._old_inverses.pack(self._state.inverses)
         # "auto" is decided by the first outputs: until then both approximations are recorded.
         if self._state.approx is not None:
             observed = {self._state.approx: self._parts.observed}
@@ -446,6 +451,7 @@ class KFAC:
                 self.config.factor_decay,
             )
             self._batches = None
+        self._old_inverses.restore(self._state.inverses)
         self._state.step += 1
         self._state.seconds["factors"] += factors_done - start
         self._state.seconds["inverses"] += time.perf_counter() - factors_done
@@ -562,6 +568,7 @@ class KFAC:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs: tensors and plain Python values only."""
+        self._old_inverses.restore(self._state.inverses)
         return {
             **self._state.to_dict(),
             "kfac_approx": self.config.kfac_approx,

@@ -249,8 +249,8 @@ def without_padding(rows: Tensor, sharing: Sharing) -> Tensor:
 
     For sums over all rows. Rows that this was done to are to be paired with such rows only.
     """
+    check_segments(rows.shape[0], sharing)
     if isinstance(sharing, Segments) and sharing.rows_before_padding is not None:
-        check_segments(rows.shape[0], sharing)
         return rows[: sharing.rows_before_padding]
     return zero_padding(rows, sharing)
 

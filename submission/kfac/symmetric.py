@@ -1,4 +1,4 @@
-"""Symmetric matrices by panels: rows of blocks from the diagonal to the right.
+"""Symmetric matrices by panels: blocks of rows, from the diagonal to the right.
 
 What is to the left of the diagonal is the mirror image of what is to the right, so it need be
 neither computed nor sent.
@@ -6,6 +6,9 @@ neither computed nor sent.
 
 from __future__ import annotations
 
+import itertools
+
+import torch
 from torch import Tensor
 
 Panel = tuple[int, int]  # its first row, and the row after its last one
@@ -15,7 +18,7 @@ def panels(side: int, width: int) -> list[Panel]:
     """Panels of about the same width, about `width`, that cover a side."""
     count = max(1, round(side / width))
     edges = [side * i // count for i in range(count + 1)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 def views(matrix: Tensor, parts: list[Panel]) -> list[Tensor]:
@@ -27,3 +30,20 @@ def mirror(matrix: Tensor, parts: list[Panel]) -> None:
     """Fills what is left of the panels of a matrix [..., d, d], in place."""
     for first, end in parts[:-1]:
         matrix[..., end:, first:end] = matrix[..., first:end, end:].mT
+
+
+def pack(matrix: Tensor, width: int) -> Tensor:
+    """The panels of a matrix [..., d, d] in one row, little more than half of its entries."""
+    pieces = views(matrix, panels(matrix.shape[-1], width))
+    return torch.cat([piece.reshape(-1) for piece in pieces])
+
+
+def unpack(flat: Tensor, shape: torch.Size, width: int) -> Tensor:
+    """The panels again in a matrix of this shape, zeros to the left of them."""
+    matrix = flat.new_zeros(shape)
+    parts = panels(shape[-1], width)
+    start = 0
+    for view in views(matrix, parts):
+        view.copy_(flat[start : start + view.numel()].view_as(view))
+        start += view.numel()
+    return matrix

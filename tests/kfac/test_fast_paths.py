@@ -1,8 +1,11 @@
 """Each fast path against the plain one, on random shapes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from submission.kfac import (
     KFAC,
@@ -11,9 +14,11 @@ from submission.kfac import (
     collectors,
     convolution,
     correlations,
+    curvature,
     factor_inverses,
     factors,
     shifted_products,
+    symmetric,
 )
 from submission.kfac.factor_inverses import Request, invert_factors
 from submission.kfac.low_rank import most_rows
@@ -146,6 +151,22 @@ def test_a_fresh_moment_has_nothing_of_the_memory_that_it_is_written_to(
     torch.testing.assert_close(factors.outer_products(rows, True), rows.square().sum(1))
 
 
+@pytest.mark.parametrize("width", [1, 3, 7, 100])
+@pytest.mark.parametrize("side", [1, 2, 10, 23])
+def test_a_packed_matrix_comes_back_to_the_bit(side, width):
+    edges = symmetric.panels(side, width)
+    assert [end for _, end in edges[:-1]] == [first for first, _ in edges[1:]]
+    assert (edges[0][0], edges[-1][1]) == (0, side)
+    matrix = torch.randn(2, side, side)
+    matrix += matrix.mT.clone()
+    flat = symmetric.pack(matrix, width)
+    assert flat.numel() <= 2 * (side * side + side * min(side, 2 * width)) / 2
+    found = symmetric.unpack(flat, matrix.shape, width)
+    assert torch.equal(found.triu(), matrix.triu())
+    symmetric.mirror(found, edges)
+    assert torch.equal(found, matrix)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("seed", range(20))
 def test_a_fault_of_an_input_shows_on_the_diagonal_of_shifted_products(seed, value):
@@ -159,8 +180,12 @@ def test_a_fault_of_an_input_shows_on_the_diagonal_of_shifted_products(seed, val
         assert not moment.diagonal(dim1=-2, dim2=-1).isfinite().all()
 
 
+@pytest.mark.parametrize("slow_side", [512, 5])  # by multiples of it the matrix is padded
 @pytest.mark.parametrize("side", [1, 5, 40])
-def test_an_inverse_is_explicit_for_many_vectors_and_is_the_same_for_few(side):
+def test_an_inverse_is_explicit_for_many_vectors_and_is_the_same_for_few(
+    side, slow_side, monkeypatch
+):
+    monkeypatch.setattr(factor_inverses, "SLOW_SIDE", slow_side)
     rows = torch.randn(2, 2 * side, side)
     factor, added = rows.mT @ rows, torch.tensor([0.1, 0.5])
     vectors = torch.randn(2, side, 7)
@@ -316,3 +341,74 @@ def test_the_precision_changes_neither_float64_nor_what_others_compute():
     assert not factors._rounds_to_bfloat16
     with pytest.raises(ValueError, match="factor_precision must be one of"):
         KFACConfig(factor_precision="float8")
+
+
+# ---- factors that are formed late ---------------------------------------------------------------
+
+
+class Images(nn.Module):
+    """A convolution called twice, a linear layer of positions, an embedding tied to the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.inner = nn.Embedding(9, 4), nn.Linear(4, 4)
+        self.conv, self.outer = nn.Conv1d(4, 4, 3, padding=1), nn.Linear(4, 9)
+        self.outer.weight = self.embedding.weight
+
+    def forward(self, x):
+        h = self.inner(self.embedding(x)).tanh().mT
+        return self.outer(self.conv(self.conv(h).tanh()).mT)
+
+
+@pytest.mark.parametrize("joint_bias", [True, False])
+@pytest.mark.parametrize("fisher_type", ["type-2", "mc", "empirical"])
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+def test_factors_that_are_formed_late_are_the_same(
+    kfac_approx, fisher_type, joint_bias, monkeypatch
+):
+    model, x = Images(), torch.randint(9, (3, 5))
+    options = {
+        "likelihood": "categorical",
+        "kfac_approx": kfac_approx,
+        "fisher_type": fisher_type,
+        "joint_bias": joint_bias,
+        "targets": torch.randint(9, (3, 5)),
+    }
+    found = []
+    for share in (float("inf"), 0.0):
+        monkeypatch.setattr(collectors, "LARGE", share)
+        found.append(curvature(model, x, **options))
+    for name, block in found[0].items():
+        torch.testing.assert_close(found[1][name].to_dense(), block.to_dense(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_only_inputs_that_the_graph_keeps_stand_for_their_factor(checkpointed, monkeypatch):
+    waiting = []
+    add = collectors.ExpandCollector._add_inputs
+
+    def added(self, *args):
+        waiting.append(recording.is_open)
+        add(self, *args)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            recording.is_open = True
+            h = checkpoint(self.first, x, use_reentrant=False) if checkpointed else self.first(x)
+            return self.second(h.tanh())
+
+    recording = SimpleNamespace(is_open=False)
+    monkeypatch.setattr(collectors, "LARGE", 0.0)
+    monkeypatch.setattr(collectors.ExpandCollector, "_add_inputs", added)
+    model = Net()
+    kfac = KFAC(model, KFACConfig(kfac_approx="expand", factor_decay=0.9, damping=0.1))
+    with kfac.record():
+        logits = model(torch.randn(40, 4))
+    recording.is_open = False
+    assert len(waiting) == checkpointed
+    kfac.update(logits, "categorical")
+    assert waiting == [True] * checkpointed + [False] * (2 - checkpointed)

@@ -1,5 +1,6 @@
 """Numerical faults, met through the public API in the middle of training: it goes on."""
 
+import copy
 import gc
 import logging
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from nets import Mean, Pool
 from torch import nn
 
-from submission.kfac import KFAC, KFACConfig, KFACError, Segments
+from submission.kfac import KFAC, KFACConfig, KFACError, Segments, old_inverses
 
 
 def net(dtype=torch.float64):
@@ -331,7 +332,9 @@ def test_a_damping_that_float32_cannot_divide_by_is_refused(damping):
     assert kfac.damping == KFACConfig().damping
 
 
-def test_memory_that_runs_out_in_an_inversion_keeps_the_old_inverse(monkeypatch):
+@pytest.mark.parametrize("smallest_side", [1, 512])  # from which on old inverses are packed
+def test_memory_that_runs_out_in_an_inversion_keeps_the_old_inverse(smallest_side, monkeypatch):
+    monkeypatch.setattr(old_inverses, "SMALLEST_SIDE", smallest_side)
     training = Training(net())
     training.step(*batch())
 
@@ -344,3 +347,58 @@ def test_memory_that_runs_out_in_an_inversion_keeps_the_old_inverse(monkeypatch)
     assert training.kfac.failures["inverse"] == 1
     after = training.kfac.state_dict()["inverses"]["0"]
     assert all(torch.equal(value, before["0"][key]) for key, value in after.items())
+
+
+@pytest.mark.parametrize("every", [2, 20])  # by products with the inverse from some number on
+@pytest.mark.parametrize("damping_kind", ["both_factors", "exact"])
+def test_old_inverses_are_packed_in_the_steps_that_renew_them(damping_kind, every, monkeypatch):
+    """Whatever comes between record and precondition, they are there when they are needed."""
+    monkeypatch.setattr(old_inverses, "SMALLEST_SIDE", 1)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    settings = config(
+        inverse_update_steps=every, early_updates=False, kfac_approx="expand",
+        damping_kind=damping_kind,
+    )  # fmt: skip
+    kfac = KFAC(model, settings)
+
+    def held():
+        return {(n, key) for n, inverse in kfac._state.inverses.items() for key in inverse}
+
+    def step(update=True):
+        with kfac.record():
+            logits = model(torch.randn(60, 4))
+        during = held()
+        if update:
+            kfac.update(logits, "categorical")
+        logits.square().mean().backward()
+        kfac.precondition()
+        return during
+
+    step()
+    everything = held()
+    assert everything
+    assert step() == everything  # renews nothing
+    packed = {(name, key) for name, key in everything if key.endswith((".inverse", ".cholesky"))}
+    assert bool(packed) == (damping_kind == "both_factors")
+    before = copy.deepcopy(kfac.state_dict()["inverses"])
+    kfac._state.averages.clear()  # so that nothing can be renewed
+    kfac._state.step = every
+    assert step(update=False) == everything - packed
+    assert_equal(kfac.state_dict()["inverses"], before)
+    kfac._state.step = every
+    with pytest.raises(ZeroDivisionError), kfac.record():
+        model(torch.randn(60, 4)).sum() / (1 // 0)
+    assert held() == everything - packed
+    assert_equal(kfac.state_dict()["inverses"], before)
+    step()
+    assert held() == everything
+    with pytest.raises(AssertionError):
+        assert_equal(kfac.state_dict()["inverses"], before)
+
+
+def assert_equal(inverses, others):
+    assert inverses.keys() == others.keys()
+    for name, inverse in inverses.items():
+        assert inverse.keys() == others[name].keys()
+        for key, value in inverse.items():
+            assert torch.equal(value, others[name][key])

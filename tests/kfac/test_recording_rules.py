@@ -8,7 +8,7 @@ from torch import nn
 from submission.kfac import KFAC, KFACConfig, Positions, Segments, curvature, kronecker_factors
 from submission.kfac.graph import GraphError
 from submission.kfac.likelihoods import Bernoulli, Categorical, Gaussian
-from submission.kfac.sharing import SharingError
+from submission.kfac.sharing import SharingError, without_padding, zero_padding
 
 EVERY_STEP = {"factor_update_steps": 1, "inverse_update_steps": 1}
 
@@ -639,3 +639,50 @@ def test_recordings_that_are_not_used_are_let_go_of():
                 model(torch.randn(6, 4))
         step(model, kfac, torch.randn(6, 4))
         assert alive() == before  # other tests may have left some
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+def test_the_graph_keeps_nothing_that_was_collected(kfac_approx):
+    """It lives as long as the logits; what the collectors hold is as large as the graph's own."""
+    import gc
+
+    from submission.kfac.collectors import Collector
+
+    def alive():
+        return sum(issubclass(type(thing), Collector) for thing in gc.get_objects())
+
+    gc.collect()  # other tests may have left some
+    before = alive()
+    model = nn.Sequential(
+        nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 3)
+    )
+    kfac = KFAC(model, config(kfac_approx=kfac_approx, fisher_type="mc"))
+    with kfac.record():
+        logits = model(torch.randn(6, 4))
+    kfac.update(logits, "categorical")
+    assert alive() == before  # at once, not when the collector of garbage comes
+    logits.square().mean().backward()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "exist", "expected"),
+    [
+        ([2, 3], None, 5),
+        ([2, 3], [True, True], 5),
+        ([2, 3], [True, False], 2),
+        ([2, 3, 0], [True, False, True], 2),
+        ([2, 3], [False, False], 0),
+        ([2, 3, 1], [True, False, True], None),
+        ([2, 3], [False, True], None),
+    ],
+)
+def test_padding_rows_are_cut_off_where_nothing_comes_after_them(sizes, exist, expected):
+    mask = None if exist is None else torch.tensor(exist)
+    segments = Segments.from_sizes(torch.tensor(sizes), segment_mask=mask)
+    assert segments.rows_before_padding == expected
+    rows = torch.randn(sum(sizes), 3)
+    kept = without_padding(rows, segments)
+    assert len(kept) == (sum(sizes) if expected is None else expected)
+    assert torch.equal(kept, zero_padding(rows, segments)[: len(kept)])
+    with pytest.raises(SharingError, match="ids for"):
+        without_padding(rows[1:], segments)
