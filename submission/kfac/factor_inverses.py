@@ -126,7 +126,7 @@ def _factorised(requests: Sequence[Request]) -> tuple[list[FactorInverse], Tenso
     ok = (info == 0).all()
     for matrix in (lower, result):
         ok &= matrix.diagonal(dim1=-2, dim2=-1).isfinite().all()
-    pieces = result.split([len(factor) for factor in factors])
+    pieces = torch.split(result, [len(factor) for factor in factors])
     return [{form: piece} for piece in pieces], ok
 
 

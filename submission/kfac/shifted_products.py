@@ -74,9 +74,10 @@ def add_second_moment(moment: Tensor, x: Tensor, geometry: tuple[DimensionGeomet
     for group in range(groups):
         part = x[:, group * channels : (group + 1) * channels]
         whole = correlations(part, pixels)
+        strips = _Strips(part)
         blocks = x.new_empty(*kernel, *kernel, channels, channels)
         for shift, offset, total in zip(shifts, pixels, whole, strict=True):
-            _fill_blocks(blocks, _BorderProducts(part, offset), rows, columns, shift, total)
+            _fill_blocks(blocks, _BorderProducts(strips, offset), rows, columns, shift, total)
         by_channel = moment[group].view(channels, *kernel, channels, *kernel)
         by_channel += blocks.permute(4, 0, 1, 5, 2, 3)
 
@@ -114,40 +115,62 @@ def _fill_blocks(
             blocks[ky + dy, kx + dx, ky, kx].copy_(block.mT)
 
 
+class _Strips:
+    """Rows and columns of images [N, C, H, W], in an order in which all shifts of them are views.
+
+    Each is brought into it once.
+    """
+
+    def __init__(self, images: Tensor) -> None:
+        self._images = images
+        self.size = (images.shape[2], images.shape[3])
+        self._known: dict[tuple[int, int], Tensor] = {}
+
+    def along(self, dim: int, index: int) -> Tensor:
+        """Row `index` for dim 0, column `index` for dim 1: [pixels, N, C]."""
+        if (dim, index) not in self._known:
+            strip = self._images.select(2 + dim, index)
+            self._known[dim, index] = strip.permute(2, 0, 1).contiguous()
+        return self._known[dim, index]
+
+
 class _BorderProducts:
-    """Σ x[u] x[u + shift]ᵀ over rows, columns and corners of images [N, C, H, W], each made once.
+    """Σ x[u] x[u + shift]ᵀ over rows, columns and corners of images, each made once.
 
     Where u + shift is outside of the image there is nothing to add or subtract.
     """
 
-    def __init__(self, images: Tensor, shift: Shift) -> None:
-        self._images, (self._dy, self._dx) = images, shift
+    def __init__(self, strips: _Strips, shift: Shift) -> None:
+        self._strips, self._shift = strips, shift
         self._products: dict[tuple[int | None, int | None], Tensor] = {}
 
     def subtract_row(self, block: Tensor, y: int) -> None:
         """Takes the sum over row y away from a block [C, C]."""
-        if 0 <= y + self._dy < self._images.shape[2]:
+        if self._is_inside(0, y):
             block.sub_(self._product(y, None))
 
     def subtract_column(self, block: Tensor, x: int) -> None:
         """Takes the sum over column x away."""
-        if 0 <= x + self._dx < self._images.shape[3]:
+        if self._is_inside(1, x):
             block.sub_(self._product(None, x))
 
     def add_corner(self, block: Tensor, y: int, x: int) -> None:
         """Adds the sum over the pixel (y, x)."""
-        height, width = self._images.shape[2:]
-        if 0 <= y + self._dy < height and 0 <= x + self._dx < width:
+        if self._is_inside(0, y) and self._is_inside(1, x):
             block.add_(self._product(y, x))
+
+    def _is_inside(self, dim: int, index: int) -> bool:
+        return 0 <= index + self._shift[dim] < self._strips.size[dim]
 
     def _product(self, y: int | None, x: int | None) -> Tensor:
         if (y, x) not in self._products:
-            height, width = self._images.shape[2:]
-            here_y, there_y = _overlap(y, self._dy, height)
-            here_x, there_x = _overlap(x, self._dx, width)
-            here = self._images[:, :, here_y, here_x].transpose(0, 1).flatten(1)
-            there = self._images[:, :, there_y, there_x].transpose(0, 1).flatten(1)
-            self._products[y, x] = here @ there.mT
+            dim, index, other = (1, x, y) if y is None else (0, y, x)
+            assert index is not None
+            along, across = self._shift[1 - dim], self._shift[dim]
+            here, there = _overlap(other, along, self._strips.size[1 - dim])
+            first = self._strips.along(dim, index)[here].flatten(0, 1)
+            second = self._strips.along(dim, index + across)[there].flatten(0, 1)
+            self._products[y, x] = first.mT @ second
         return self._products[y, x]
 
 

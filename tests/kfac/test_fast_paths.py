@@ -44,11 +44,16 @@ def random_convolution(seed):
         3 * groups, 2 * groups, kernel, padding="same" if pick(0, 3) == 0 else padding,
         dilation=dilation, groups=groups,
     )  # fmt: skip
-    # From a dozen examples on, and for kernels of many offsets, by the Fourier transform.
-    examples = pick(1, 3) if pick(0, 1) else pick(12, 15)
-    return layer, torch.randn(examples, 3 * groups, *size, generator=generator)
+    return layer, torch.randn(pick(1, 4), 3 * groups, *size, generator=generator)
 
 
+@pytest.fixture(params=[False, True], ids=["products", "transform"])
+def way(request, monkeypatch):
+    """By which way all correlations are had."""
+    monkeypatch.setattr(correlations, "prefers_transform", lambda *args: request.param)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("seed", range(60))
 def test_shifted_products_are_the_second_moment_of_the_patches(seed):
     layer, x = random_convolution(seed)
@@ -77,6 +82,18 @@ def test_correlations_from_fourier_transforms_are_those_of_products(seed, monkey
         torch.testing.assert_close(way(x, shifts), expected, rtol=1e-11, atol=1e-12)
 
 
+def test_the_transform_is_for_many_examples_and_shifts():
+    few, many = [(0, 0), (0, 1)], [(dy, dx) for dy in range(3) for dx in range(-2, 3)]
+    for shape, shifts, expected in (
+        ((128, 64, 32, 32), many, True),
+        ((128, 64, 32, 32), few, False),
+        ((1, 64, 32, 32), many, False),
+        ((128, 4, 224, 224), many, False),
+    ):
+        assert correlations.prefers_transform(shape, shifts) == expected
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("seed", range(10))
 def test_the_transform_is_as_accurate_as_products_in_float32(seed):
     torch.manual_seed(seed)
@@ -167,6 +184,7 @@ def test_a_packed_matrix_comes_back_to_the_bit(side, width):
     assert torch.equal(found, matrix)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("seed", range(20))
 def test_a_fault_of_an_input_shows_on_the_diagonal_of_shifted_products(seed, value):
