@@ -51,6 +51,9 @@ class KFACConfig:
         fallback: what trains parameters outside K-FAC layers: "diagonal" (their own curvature:
             unit-wise for normalisation layers, diagonal for others) or "gradient" (as it is).
         inverse_placement: with several ranks, see `placements.PLACEMENTS`.
+        background_inverses: make inverses beside training, which goes on with the old ones, and
+            use them from the next step on; on a GPU on a stream of their own. Not where they are
+            shared out over ranks.
         max_failures: so many updates in a row may fail (non-finite or empty batches,
             factorisations that do not succeed) before training ends with an error.
         seed: of the label sampling.
@@ -77,6 +80,7 @@ class KFACConfig:
     exclude: tuple[str, ...] = ()
     fallback: str = "diagonal"
     inverse_placement: str = "exchanged"
+    background_inverses: bool = False
     max_failures: int = 100
     seed: int = 0
 

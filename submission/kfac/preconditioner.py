@@ -37,7 +37,6 @@ from .capture import Recording
 from .config import KFACConfig, check_damping
 from .curvature import Curvature, as_curvature
 from .distributed import Reduction
-from .eigenbasis_adam import turn_moments
 from .failures import Trouble, account
 from .gradient_rules import make_state_batches, write_eigenbasis_steps, write_preconditioned
 from .likelihoods import Likelihood, as_likelihood
@@ -47,6 +46,7 @@ from .old_inverses import OldInverses
 from .partition import unwrap
 from .passes import FisherPass, fisher_passes
 from .recorder import is_compiled, record
+from .renewal import InverseRenewal
 from .report import ReportRow, format_report, report_rows
 from .sampling import sampling_seed
 from .setting import detect_setting, warn_of_folded_positions
@@ -86,6 +86,8 @@ class KFAC:
         self._sharing: SharingRule = None
         self._accumulated: Accumulated | None = None
         self._reduction: Reduction | None = None
+        self._renewal = InverseRenewal(self.config)
+        self._lost: list[str] = []  # parts whose inverse could not be made, until it is reported
         self._old_inverses = OldInverses()
         self._batches: list[Batch] | None = None  # of the state's tensors; made anew when they are
         device = next(self._model.parameters()).device
@@ -217,6 +219,7 @@ class KFAC:
             self._state.averages.pop(name, None)
 
     def _split(self) -> None:
+        self._state.inverses_stale |= self._renewal.drop()
         before = {part.name: type(part) for part in self._parts.partition.parts}
         self._parts.split(self._state.approx or "expand", self._state.called)
         # A parameter and a map inside a fused module may have the same name.
@@ -421,6 +424,8 @@ class KFAC:
             )
         self._drop_recordings()
         troubles: list[Trouble] = []
+        self._finish_inverses()
+        waited = time.perf_counter() - start
         accumulated = self._take_in(troubles)
         factors_done = time.perf_counter()
         # All of this is the same on every rank; which inverses a rank holds is not.
@@ -430,17 +435,13 @@ class KFAC:
             updates.renew_damping(self._state, self._preconditioned(), self.config)
             self._batches = None
         elif self._state.averages and (renew or self._state.damping_changed):
-            old = dict(self._state.inverses)
-            lost = updates.renew_inverses(
-                self._state, self._preconditioned(), self._parts.owners, self.config
-            )
-            if lost:
-                names = ", ".join(f"'{name}'" for name in lost)
-                troubles.append(Trouble("inverse", f"the factors of {names} could not be inverted"))
-            turn_moments(
-                self._state.moments, self._parts.partition.parts, old, self._state.inverses
-            )
-            self._batches = None
+            self._renewal.begin(self._state, self._preconditioned(), self._parts.owners)
+            if not self._renewal.in_background:
+                self._finish_inverses()
+        if self._lost:
+            names = ", ".join(f"'{name}'" for name in self._lost)
+            troubles.append(Trouble("inverse", f"the factors of {names} could not be inverted"))
+            self._lost = []
         if accumulated is not None and self.config.eigenvalue_correction:
             assert accumulated.terms is not None
             updates.correct_eigenvalues(
@@ -453,9 +454,16 @@ class KFAC:
             self._batches = None
         self._old_inverses.restore(self._state.inverses)
         self._state.step += 1
-        self._state.seconds["factors"] += factors_done - start
-        self._state.seconds["inverses"] += time.perf_counter() - factors_done
+        self._state.seconds["factors"] += factors_done - start - waited
+        self._state.seconds["inverses"] += time.perf_counter() - factors_done + waited
         account(self._state, troubles, updated=accumulated is not None, config=self.config)
+
+    def _finish_inverses(self) -> None:
+        """Takes inverses into use that were begun to be made, in this step or the last one."""
+        lost = self._renewal.finish(self._state, self._parts.partition.parts)
+        if lost is not None:
+            self._lost += lost
+            self._batches = None
 
     def _preconditioned(self) -> list[Part]:
         """The parts that are not trained by their raw gradient."""
@@ -568,6 +576,7 @@ class KFAC:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs: tensors and plain Python values only."""
+        self._finish_inverses()
         self._old_inverses.restore(self._state.inverses)
         return {
             **self._state.to_dict(),
@@ -610,4 +619,6 @@ class KFAC:
                 if owner != distributed.rank():
                     restored.inverses.pop(name, None)
         self._drop_recordings()
+        self._renewal.drop()
         self._accumulated, self._reduction, self._batches = None, None, None
+        self._lost = []

@@ -1,4 +1,4 @@
-"""How statistics enter the moving averages, and how inverses come from these.
+"""How statistics enter the moving averages, and corrections the inverses.
 
 Functions on `KFACState`; `KFAC` decides when they are called, and owns the state.
 """
@@ -14,12 +14,9 @@ from . import distributed
 from .config import KFACConfig
 from .curvature import average_sums
 from .eigenvalue_correction import is_correctable, summed_eigenvalues
-from .inverses import InverseSettings, invert_all, renewed_damping
-from .placements import exchange_inverses
+from .inverses import InverseSettings, renewed_damping
 from .state import KFACState
 from .statistics import KroneckerPart, Part, RowPairs, Sums
-
-EXPLICIT = 1 << 30  # uses of an inverse that are always worth an explicit one
 
 
 def average_in(
@@ -68,48 +65,6 @@ def _where_faults_show(key: str, tensor: Tensor) -> Tensor:
     """
     dense = key in ("A", "B") and tensor.dim() == 3
     return tensor.diagonal(dim1=-2, dim2=-1) if dense else tensor
-
-
-def renew_inverses(
-    state: KFACState, parts: Sequence[Part], owners: Mapping[str, int], config: KFACConfig
-) -> list[str]:
-    """Makes inverses of the averages of these parts.
-
-    Args:
-        owners: layer name -> the rank that computes its inverse, see `placements`; every rank
-            computes those of parts that are not in it.
-
-    Returns:
-        Names of the parts whose average could not be inverted; their old inverse stays.
-    """
-    present = [part for part in parts if part.name in state.averages]
-    exchanged = config.inverse_placement == "exchanged"
-    mine = [
-        part for part in present if owners.get(part.name, distributed.rank()) == distributed.rank()
-    ]
-    settings = InverseSettings(
-        kind=config.damping_kind,
-        damping=state.damping,
-        relative=config.relative_damping,
-        uses=EXPLICIT if owners and exchanged else config.inverse_update_steps,
-    )
-    found = invert_all(mine, state.averages, settings)
-    lost = {part.name for part in mine} - found.keys()
-    failed = [float(part.name in lost) for part in present]
-    if owners and present:
-        flags = torch.tensor(failed, device=present[0].slices[0].data.device)
-        distributed.all_reduce_sums([flags])
-        failed = flags.tolist()
-    names = [part.name for part, flag in zip(present, failed, strict=True) if flag]
-    if owners and exchanged:
-        layers = [
-            part for part in present if isinstance(part, KroneckerPart) and part.name not in names
-        ]
-        found.update(exchange_inverses(layers, owners, found, config.damping_kind))
-    state.inverses.update({name: found[name] for name in found if name not in names})
-    state.inverses_stale = state.damping_changed = False
-    state.corrections = 0
-    return names
 
 
 def renew_damping(state: KFACState, parts: Sequence[Part], config: KFACConfig) -> None:

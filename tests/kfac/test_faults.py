@@ -283,7 +283,7 @@ def test_a_compiled_model_trains_like_the_plain_one_and_compiles_once():
 def test_inversions_that_keep_failing_end_training(monkeypatch):
     training = Training(net(), config(max_failures=3))
     training.step(*batch())
-    monkeypatch.setattr("submission.kfac.updates.invert_all", lambda *args, **kwargs: {})
+    monkeypatch.setattr("submission.kfac.renewal.invert_all", lambda *args, **kwargs: {})
     training.step(*batch())
     training.step(*batch())
     with pytest.raises(KFACError, match="3 K-FAC updates in a row failed"):

@@ -349,7 +349,7 @@ def test_a_failed_inversion_keeps_the_previous_inverse(monkeypatch):
     kfac = KFAC(model, every_step())
     train_step(model, kfac, x, y)
     before = {n: dict(i) for n, i in kfac.state_dict()["inverses"].items()}
-    monkeypatch.setattr("submission.kfac.updates.invert_all", lambda *args, **kwargs: {})
+    monkeypatch.setattr("submission.kfac.renewal.invert_all", lambda *args, **kwargs: {})
     train_step(model, kfac, x, y)
     assert kfac.failures["inverse"] == 1  # one event, of all layers
     assert kfac.state_dict()["inverses"].keys() == before.keys()
