@@ -9,7 +9,8 @@ takes longer; a step without K-FAC does, too.
 - K-FAC-expand's A of a convolution: an entry is a sum of x[s·o + δ₁] x[s·o + δ₂]ᵀ over output
   positions o, which depends (up to borders) on δ₂ - δ₁ and on δ₁ modulo the stride s only: so many
   C×C products are enough. For a 3×3 kernel of stride 1 these are 25 instead of 81, 13 up to
-  transposition.
+  transposition. With stride 1 all of them also come from the Fourier transforms, half as many
+  frequencies as positions, with three real products each: as much as 1.5 (see `correlations`).
 - K-FAC-reduce: sums over positions first; then N rows an example each.
 - A d×d factor of N < d rows need not be formed (Woodbury): N² d for the Gram matrix, N³/3, N² d to
   solve, 4 N d k to apply to k columns. Otherwise d³/3 for Cholesky and 2 d² k.
@@ -29,6 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.models import Case
 
+TRANSFORM = 1.5  # products of positions that those of frequencies are worth
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -39,8 +42,8 @@ class Layer:
         inputs, outputs: sides of the weight matrix; a bias adds a column of ones to the inputs.
         bias: whether there is one.
         input_has_gradient: whether a backward pass goes on below.
-        shift_classes: number of C×C products that give a convolution's A (half of the ordered
-            ones), None for others.
+        shift_classes: number of C×C products that a convolution's A takes as much as (half of the
+            ordered ones, or the transform's), None for others.
         channels: C.
     """
 
@@ -171,6 +174,8 @@ def _layer(module: nn.Module, x: Tensor, y: Tensor) -> Layer:
     kernel = (weight.shape[2], weight.shape[3])
     stride = (int(module.stride[0]), int(module.stride[1]))
     classes = shift_classes(kernel, stride) / 2
+    if stride == (1, 1):
+        classes = min(classes, TRANSFORM)
     return Layer(
         examples, positions, inputs, outputs, bias, x.requires_grad, classes, module.in_channels
     )

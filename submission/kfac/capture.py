@@ -63,7 +63,7 @@ class Recording:
     """One recorded forward pass of a model, and its Fisher passes.
 
     Use as a context manager around the forward pass, then call `fisher_pass` for every vector of
-    would-be gradients, then read `sums`.
+    would-be gradients, then `end_passes`, then read `sums`.
 
     Args:
         model: the (unwrapped) model that the parts belong to.
@@ -119,6 +119,7 @@ class Recording:
         self._examples_share = examples_share
         self._called = called
         self._precision = precision
+        self._device_type = next((p.device.type for p in model.parameters()), "cpu")
         self._watched = [p for p in watched if isinstance(p, KroneckerPart | UnitwisePart)]
         self._watched_calls = {part.name: 0 for part in self._watched}
         for part in parts:
@@ -359,7 +360,9 @@ class Recording:
     @contextmanager
     def _collecting(self, doing: str) -> Iterator[None]:
         """Statistics are taken inside."""
-        with self._memory_watched(doing), products_in(self._precision), torch.no_grad():
+        # Autocast is for the model's passes: a curvature of 8 bits could not be inverted.
+        plain = torch.autocast(self._device_type, enabled=False)
+        with self._memory_watched(doing), products_in(self._precision), torch.no_grad(), plain:
             yield
 
     @contextmanager
@@ -388,7 +391,6 @@ class Recording:
         if self._edges:
             parameters = [part.parameter for part in self._diagonals] if come_along else []
             self._propagate(logits, which, parameters)
-            self._end_propagation()
         if self.out_of_memory is None and self._diagonals and not (come_along and self._edges):
             for alone in one_example_at_a_time(which.vector, which.example_dim):
                 self._square_gradients(logits, alone)
@@ -407,7 +409,7 @@ class Recording:
 
     def begin_loss_pass(self) -> None:
         """The statistics are to come from the backward pass of the loss, see `loss_pass`."""
-        self._end_propagation()
+        self.end_passes()
         # The graph holds this recording by its taps, and so must not be held by it.
         self._waits_for_layers, self._is_last_pass = bool(self._edges), True
         self._edges.clear()
@@ -454,10 +456,11 @@ class Recording:
             if parameters:
                 self._add_squares(grads[len(edges) :])
 
-    def _end_propagation(self) -> None:
+    def end_passes(self) -> None:
+        """All Fisher passes are over."""
         with self._collecting("the statistics of the inputs"):
             for collector in self._collectors.values():
-                collector.end_propagation()
+                collector.end_passes()
 
     def _square_gradients(self, logits: Tensor, vector: Tensor) -> None:
         parameters = [part.parameter for part in self._diagonals]

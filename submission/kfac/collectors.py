@@ -7,15 +7,16 @@ them by the counts is left to `curvature`, after everything has been added up.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import factors
-from .graph import inside_checkpoint
+from .graph import GraphError, saves_elsewhere
 from .low_rank import most_rows
 from .norms import Statistics, example_gradients, kept_statistics
 from .sharing import Sharing, SharingError, check_segments, count_rows, rows_per_example
@@ -86,8 +87,8 @@ class Collector(ABC):
     def forget(self, call: int) -> None:  # noqa: B027
         """No more gradients of the output of this call will come."""
 
-    def end_propagation(self) -> None:  # noqa: B027
-        """What the first Fisher pass needs memory for is gone; or there is to be none."""
+    def end_passes(self) -> None:  # noqa: B027
+        """All Fisher passes are over, and the memory that they need is free; or there are none."""
 
     def end_pass(self, single: bool) -> None:  # noqa: B027
         """All gradients of one Fisher pass, of one example or of all, have been seen."""
@@ -96,6 +97,15 @@ class Collector(ABC):
         """All gradients that were seen were to be multiplied by this number."""
         rescale_gradients(self.sums, factor)
         self.rows = [(inputs, gradients * factor) for inputs, gradients in self.rows]
+
+
+class _Waiting(NamedTuple):
+    """A call whose input has yet to be added to A, and the version that the input had."""
+
+    x: Tensor
+    version: int
+    sharing: Sharing
+    module: Any
 
 
 class ExpandCollector(Collector):
@@ -120,7 +130,7 @@ class ExpandCollector(Collector):
         self._most = most_rows_of(part, uses)
         self._keep_rows = keep_rows
         self._inputs: list[Tensor] = []
-        self._waiting: list[tuple[Tensor, Sharing, Any]] = []
+        self._waiting: list[_Waiting] = []
 
     def forward(self, x: Tensor, sharing: Sharing, module: Any) -> None:
         part = self.part
@@ -132,8 +142,9 @@ class ExpandCollector(Collector):
             # The ones go in before padding is taken out, which has none.
             values = factors.append_ones(values) if joint else values
             self._add_rows("A", own_copy(part.kind.input_rows(module, values, sharing), x))
-        elif self._may_wait(x):
-            self._waiting.append((x, sharing, module))
+        elif self._may_wait(x, module):
+            # The module as it is now: the next call may find another dilation.
+            self._waiting.append(_Waiting(x, x._version, sharing, copy.copy(module)))
         else:
             self._add_inputs(x, sharing, module)
         count = count_rows(leading, sharing)
@@ -145,21 +156,34 @@ class ExpandCollector(Collector):
             rows = part.kind.input_rows(module, x, sharing).to(self._dtype)
             self._inputs.append(factors.append_ones(rows) if part.has_bias else own_copy(rows, x))
 
-    def _may_wait(self, x: Tensor) -> bool:
-        """Whether A takes so much memory that it should be formed after the Fisher pass.
+    def _may_wait(self, x: Tensor, module: Any) -> bool:
+        """Whether A of a convolution takes so much memory that it should be formed late.
 
-        The peak of memory is in that pass. Until then A is represented by the input, which the
-        graph holds for the loss's backward pass anyway (and which may not be written into, or that
-        pass would fail); unless a checkpoint lets go of it.
+        The peak of memory is in the Fisher pass. Until then A is represented by the input, where
+        the graph holds this very tensor for the loss's backward pass anyway (and nobody may write
+        into it, or that pass would fail).
         """
-        side = self.part.sides[1]
-        is_large = not self.part.diagonal_input and side * side > LARGE * x.numel()
-        return is_large and not inside_checkpoint()
+        part = self.part
+        if part.kind.has_plain_rows or part.diagonal_input or not x.is_contiguous():
+            return False
+        is_kept_as_it_is = x.dtype == module.weight.dtype and module.padding_mode == "zeros"
+        is_joint = part.joint_bias or not part.has_bias
+        is_large = part.sides[1] ** 2 > LARGE * x.numel()
+        return is_large and is_joint and is_kept_as_it_is and not saves_elsewhere()
 
-    def end_propagation(self) -> None:
+    def output(self, y: Tensor) -> None:
+        if self._waiting and self._waiting[-1].x.dtype != y.dtype:
+            self.end_passes()  # under autocast the graph keeps a copy
+
+    def end_passes(self) -> None:
         waiting, self._waiting = self._waiting, []
-        for x, sharing, module in waiting:
-            self._add_inputs(x, sharing, module)
+        for call in waiting:
+            if call.x._version != call.version:
+                raise GraphError(
+                    f"the input of layer '{self.part.name}' was written into between its call and "
+                    "the Fisher pass: its factor cannot be had"
+                )
+            self._add_inputs(call.x, call.sharing, call.module)
 
     def _add_inputs(self, x: Tensor, sharing: Sharing, module: Any) -> None:
         part, joint = self.part, self.part.has_bias and self.part.joint_bias

@@ -53,7 +53,7 @@ class KFACConfig:
         inverse_placement: with several ranks, see `placements.PLACEMENTS`.
         background_inverses: make inverses beside training, which goes on with the old ones, and
             use them from the next step on; on a GPU on a stream of their own. Not where they are
-            shared out over ranks.
+            shared out over ranks, with eigenvalue_correction, or another factor_precision.
         max_failures: so many updates in a row may fail (non-finite or empty batches,
             factorisations that do not succeed) before training ends with an error.
         seed: of the label sampling.

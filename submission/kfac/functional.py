@@ -158,6 +158,7 @@ def curvature(
                 vector = fisher_pass.vector
                 fisher_pass = replace(fisher_pass, vector=vector / terms.to(vector.dtype).sqrt())
             recording.fisher_pass(logits, fisher_pass)
+        recording.end_passes()
     if recording.out_of_memory is not None:
         raise torch.OutOfMemoryError(
             f"out of memory in {recording.out_of_memory}; pass fewer examples at a time"

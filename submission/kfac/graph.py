@@ -64,6 +64,12 @@ def is_differentiated(output: Any) -> bool:
     return torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad
 
 
+def saves_elsewhere() -> bool:
+    """Whether what the graph saves is not the tensors themselves: in a checkpoint, under hooks."""
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return inside_checkpoint() or (hooks is not None and hooks(True) is not None)
+
+
 def inside_checkpoint() -> bool:
     """Whether `torch.utils.checkpoint` is among the callers."""
     frame = inspect.currentframe()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import convolution, factors, shifted_products
 from .sharing import (
     Positions,
+    Segments,
     Sharing,
     SharingError,
     count_rows,
@@ -360,7 +361,9 @@ class EmbeddingKind(Kind):
             weights.numel(), module.num_embeddings, dtype=weights.dtype, device=weights.device
         )
         rows.scatter_(1, indices.flatten()[:, None], weights[:, None])
-        return without_padding(rows, sharing).unsqueeze(0)
+        if isinstance(sharing, Segments):  # as in the rows of gradients
+            rows = without_padding(rows, sharing)
+        return rows.unsqueeze(0)
 
     def gradient_rows(self, module: Any, g: Tensor, sharing: Sharing) -> Tensor:
         return LinearKind().gradient_rows(module, g, sharing)

@@ -23,7 +23,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -36,23 +35,20 @@ from .batches import Batch
 from .capture import Recording
 from .config import KFACConfig, check_damping
 from .curvature import Curvature, as_curvature
-from .distributed import Reduction
 from .failures import Trouble, account
 from .gradient_rules import make_state_batches, write_eigenbasis_steps, write_preconditioned
 from .likelihoods import Likelihood, as_likelihood
-from .loss_pass import LossPass, is_multiple, may_share
 from .model_parts import ModelParts
 from .old_inverses import OldInverses
 from .partition import unwrap
-from .passes import FisherPass, fisher_passes
 from .recorder import is_compiled, record
 from .renewal import InverseRenewal
 from .report import ReportRow, format_report, report_rows
-from .sampling import sampling_seed
 from .setting import detect_setting, warn_of_folded_positions
 from .sharing import SharingRule
 from .state import KFACState
 from .statistics import Part
+from .step_statistics import StepStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -80,18 +76,13 @@ class KFAC:
         self._parts = ModelParts(self._model, self.config)
         self._parts.split(self._state.approx or "expand", None)
         self._recordings: dict[str, Recording] = {}
-        self._loss_pass: LossPass | None = None  # whose backward pass is to come
-        self._is_multiple = False  # the last loss that was looked at, of the likelihood's
-        self._loss_given = False  # in this step: statistics come late, on one rank or all
         self._sharing: SharingRule = None
-        self._accumulated: Accumulated | None = None
-        self._reduction: Reduction | None = None
+        self._device = next(self._model.parameters()).device
+        self._statistics = StepStatistics(self._model, self.config, self._device)
         self._renewal = InverseRenewal(self.config)
         self._lost: list[str] = []  # parts whose inverse could not be made, until it is reported
         self._old_inverses = OldInverses()
         self._batches: list[Batch] | None = None  # of the state's tensors; made anew when they are
-        device = next(self._model.parameters()).device
-        self._generator = torch.Generator(device)  # seeded in every step, see `sampling_seed`
 
     @property
     def step(self) -> int:
@@ -163,7 +154,7 @@ class KFAC:
             SharingError: it names a layer that there is not.
         """
         self._end_loss_pass()
-        if self._loss_pass is not None:
+        if self._statistics.waits_for_loss:
             logger.warning(
                 "K-FAC: the statistics of a recorded pass are dropped: update was given its loss, "
                 "whose backward pass has not come (to its end) before the next record()"
@@ -176,7 +167,7 @@ class KFAC:
         if self._parts.is_outdated:
             self._split()
             self._state.inverses_stale = True
-        if self.inverses_due:
+        if self.inverses_due and not self.config.background_inverses:
             self._batches = None  # they hold what is being packed
             self._old_inverses.pack(self._state.inverses)
         # "auto" is decided by the first outputs: until then both approximations are recorded.
@@ -205,9 +196,7 @@ class KFAC:
         for recording in self._recordings.values():
             recording.release()
         self._recordings = {}
-        if self._loss_pass is not None:
-            self._loss_pass.drop()
-            self._loss_pass = None
+        self._statistics.drop_loss_pass()
 
     def _forget_average(self, name: str) -> None:
         """A part is being called: without a moving average the new sums take its average's memory.
@@ -215,7 +204,7 @@ class KFAC:
         If this update fails its inverse stays in use.
         """
         alone = distributed.world_size() == 1  # ranks may call different layers
-        if alone and self.config.factor_decay == 0 and self._accumulated is None:
+        if alone and self.config.factor_decay == 0 and not self._statistics.is_begun:
             self._state.averages.pop(name, None)
 
     def _split(self) -> None:
@@ -263,10 +252,6 @@ class KFAC:
                 "the logits have no graph: they are detached, or were computed under no_grad"
             )
         recordings, self._recordings = self._recordings, {}
-        if self._accumulated is None:
-            self._generator.manual_seed(
-                sampling_seed(self.config.seed, self._state.step, distributed.rank())
-            )
         start = time.perf_counter()
         if self._state.approx is None:
             examples = recordings["expand"].examples.values()
@@ -279,70 +264,25 @@ class KFAC:
             self._find_called_layers(recording)
             if self._sharing is None and self._state.approx == "reduce":
                 warn_of_folded_positions(recording.examples, likelihood, logits)
-        terms = likelihood.terms(logits.detach(), mask, targets)
-        # On all ranks alike, also on one that ran out of memory: else collectives change places.
-        self._loss_given |= loss is not None and self.config.fisher_type == "empirical"
-        if recording.out_of_memory is None:
-            passes = partial(
-                fisher_passes,
-                likelihood,
-                logits,
-                self._model,
-                fisher_type=self.config.fisher_type,
-                mc_samples=self.config.mc_samples,
-                mask=mask,
-                targets=targets,
-                generator=self._generator,
-                examples=recording.examples.values(),
-            )
-            if loss is not None and self.config.fisher_type == "empirical":
-                (at_labels,) = passes(signs=False)
-                if self._is_shareable(recording, loss, logits, at_labels, terms):
-                    self._loss_pass = LossPass(recording, logits, at_labels, terms)
-            if self._loss_pass is None:
-                signs = True if recording.has_bare_parameters else None
-                for fisher_pass in passes(signs=signs):
-                    recording.fisher_pass(logits, fisher_pass)
+        self._state.shared_over.update(recording.shared_over())
+        self._statistics.collect(
+            recording,
+            logits,
+            likelihood,
+            step=self._state.step,
+            mask=mask,
+            targets=targets,
+            loss=loss,
+        )
         for other in recordings.values():
             if other is not recording:
                 other.release()
-        if self._loss_pass is None:
-            self._collect(recording, terms)
         self._state.seconds["factors"] += time.perf_counter() - start
-
-    def _is_shareable(
-        self,
-        recording: Recording,
-        loss: Tensor,
-        logits: Tensor,
-        at_labels: FisherPass,
-        terms: Tensor,
-    ) -> bool:
-        if not may_share(recording, loss, logits):
-            return False
-        # Looking waits for a GPU: once is enough. A later loss that is another multiple in each of
-        # its terms makes the sums NaN, the update is dropped, and the next one looks again.
-        if not self._is_multiple:
-            self._is_multiple = is_multiple(loss, logits, at_labels, terms)
-        return self._is_multiple
 
     def _end_loss_pass(self) -> None:
-        """Collects from the backward pass of the loss, if it was waited for and has come."""
-        loss_pass = self._loss_pass
-        if loss_pass is None or not loss_pass.is_over:
-            return
-        self._loss_pass = None
         start = time.perf_counter()
-        loss_pass.collect()
-        self._collect(loss_pass.recording, loss_pass.terms)
+        self._statistics.end_loss_pass()
         self._state.seconds["factors"] += time.perf_counter() - start
-
-    def _collect(self, recording: Recording, terms: Tensor) -> None:
-        """Takes over what a recording has, whose Fisher passes are done."""
-        self._accumulated = self._accumulated or Accumulated()
-        self._accumulated.add(recording, terms)
-        self._state.shared_over.update(recording.shared_over())
-        recording.release()
 
     def _decide_setting(
         self, likelihood: Likelihood, logits: Tensor, examples: Iterable[int]
@@ -374,16 +314,7 @@ class KFAC:
         before the loss's backward pass, which then hides the communication. Does nothing in a step
         in which `update` was given the loss: on some rank the statistics may still have to come.
         """
-        if not self._loss_given:
-            self._start_reduction()
-
-    def _start_reduction(self) -> None:
-        accumulated = self._accumulated
-        if accumulated is None or self._reduction is not None:
-            return
-        accumulated.complete(self._parts.observed, self._parts.uncalled)
-        tensors, symmetric = accumulated.tensors()
-        self._reduction = Reduction(tensors, symmetric)
+        self._statistics.reduce_early(self._parts.observed, self._parts.uncalled)
 
     @torch.no_grad()
     def precondition(self) -> None:
@@ -414,9 +345,8 @@ class KFAC:
         Raises:
             KFACError: `max_failures` updates in a row had to be dropped.
         """
-        start = time.perf_counter()
         self._end_loss_pass()
-        if self._loss_pass is not None:
+        if self._statistics.waits_for_loss:
             self._drop_recordings()
             raise RuntimeError(
                 "KFAC.update was given the loss, whose backward pass has not come: call "
@@ -424,6 +354,7 @@ class KFAC:
             )
         self._drop_recordings()
         troubles: list[Trouble] = []
+        start = time.perf_counter()
         self._finish_inverses()
         waited = time.perf_counter() - start
         accumulated = self._take_in(troubles)
@@ -476,13 +407,9 @@ class KFAC:
 
         Returns them if they were good, otherwise adds to the troubles.
         """
-        self._start_reduction()
-        self._loss_given = False
-        accumulated, self._accumulated = self._accumulated, None
-        reduction, self._reduction = self._reduction, None
-        if accumulated is None or reduction is None:
+        accumulated = self._statistics.finish(self._parts.observed, self._parts.uncalled)
+        if accumulated is None:
             return None
-        reduction.wait()
         assert accumulated.terms is not None
         good = updates.average_in(
             self._state,
@@ -502,9 +429,8 @@ class KFAC:
             troubles.append(Trouble("memory", message))
         else:
             message = "the batch gave non-finite statistics or had no valid label"
-            if self._is_multiple:
+            if self._statistics.look_at_loss_again():
                 message += ", or its loss was not a multiple of the likelihood's"
-                self._is_multiple = False
             troubles.append(Trouble("statistics", message))
         return None
 
@@ -596,10 +522,7 @@ class KFAC:
         Raises:
             ValueError: the state belongs to another version, approximation or model.
         """
-        restored = KFACState.from_dict(state, self._generator.device)
-        if state["seed"] != self.config.seed:
-            # Labels would be sampled otherwise than in the run that goes on.
-            self.config = replace(self.config, seed=int(state["seed"]))
+        restored = KFACState.from_dict(state, self._device)
         if state["kfac_approx"] != self.config.kfac_approx:
             raise ValueError(
                 f"K-FAC state was made with kfac_approx={state['kfac_approx']!r}, not "
@@ -610,6 +533,13 @@ class KFAC:
         if parts.names != list(state["parts"]):
             differing = sorted(set(parts.names) ^ set(state["parts"]))
             raise ValueError(f"K-FAC state belongs to another model: it differs in {differing[:5]}")
+        self._drop_recordings()
+        self._renewal.drop()
+        self._statistics.forget()
+        self._batches, self._lost, self._old_inverses = None, [], OldInverses()
+        if state["seed"] != self.config.seed:
+            # Labels would be sampled otherwise than in the run that goes on.
+            self.config = self._statistics.config = replace(self.config, seed=int(state["seed"]))
         if not state["inverses_complete"]:
             # It has those of one rank: all make theirs anew, at the same step.
             restored.inverses_stale = True
@@ -618,7 +548,3 @@ class KFAC:
             for name, owner in parts.owners.items():
                 if owner != distributed.rank():
                     restored.inverses.pop(name, None)
-        self._drop_recordings()
-        self._renewal.drop()
-        self._accumulated, self._reduction, self._batches = None, None, None
-        self._lost = []

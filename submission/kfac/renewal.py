@@ -7,6 +7,7 @@ the next step's passes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -25,6 +26,8 @@ from .state import KFACState
 from .statistics import KroneckerPart, Part
 
 EXPLICIT = 1 << 30  # uses of an inverse that are always worth an explicit one
+
+logger = logging.getLogger(__name__)
 
 Made = dict[str, Inverse]
 
@@ -68,9 +71,8 @@ class InverseRenewal:
             uses=EXPLICIT if owners and self._exchanges else self._config.inverse_update_steps,
         )
         make: Callable[[], Made] = partial(invert_all, mine, dict(state.averages), settings)
-        # Ranks that wait for each other's inverses would have to wait in the same place.
         have_old = all(part.name in state.inverses for part in present)
-        self.in_background = self._config.background_inverses and not owners and have_old
+        self.in_background = self._may_be_late and not owners and have_old
         if self.in_background and present:
             make = _Background(make, present[0].slices[0].data.device).result
         self._begun = _Begun(present, mine, owners, make)
@@ -90,7 +92,11 @@ class InverseRenewal:
         if begun is None:
             return None
         self.in_background = False
-        made = begun.made()
+        try:
+            made = begun.made()
+        except BaseException:
+            state.inverses_stale = True
+            raise
         present = begun.parts
         lost = {part.name for part in begun.mine} - made.keys()
         failed = [float(part.name in lost) for part in present]
@@ -118,8 +124,21 @@ class InverseRenewal:
         begun, self._begun = self._begun, None
         self.in_background = False
         if begun is not None:
-            begun.made()
+            try:
+                begun.made()
+            except Exception:
+                logger.warning("K-FAC: inverses that are not needed any more failed", exc_info=True)
         return begun is not None
+
+    @property
+    def _may_be_late(self) -> bool:
+        """Whether the settings allow for inverses that come into use in the next step.
+
+        Corrected eigenvalues are of this step's rows in the new basis. Other precisions than
+        float32 are switched on for the whole process, and so for the thread.
+        """
+        plain = self._config.factor_precision == "float32"
+        return self._config.background_inverses and plain and not self._config.eigenvalue_correction
 
     @property
     def _exchanges(self) -> bool:
@@ -130,7 +149,8 @@ class _Background:
     """Work in a thread; on a GPU, on a stream that begins where the caller's is now."""
 
     def __init__(self, work: Callable[[], Made], device: torch.device) -> None:
-        self._device, self._work = device, work
+        self._device = device
+        self._work: Callable[[], Made] | None = work
         stream: Any = torch.cuda.Stream
         self._stream = stream(device) if device.type == "cuda" else None
         if self._stream is not None:
@@ -141,8 +161,12 @@ class _Background:
 
     def _run(self) -> Made:
         own = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        assert self._work is not None
         with torch.no_grad(), own:
-            return self._work()
+            made = self._work()
+        if self._stream is None:  # else what it reads must not be freed before `result`
+            self._work = None
+        return made
 
     def result(self) -> Made:
         """What the work returns, or raises; the caller's stream waits for it."""

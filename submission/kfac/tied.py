@@ -97,8 +97,8 @@ class TiedCollector(Collector):
         self._linear.end_forward()
         self.positions = self._linear.positions
 
-    def end_propagation(self) -> None:
-        self._linear.end_propagation()
+    def end_passes(self) -> None:
+        self._linear.end_passes()
 
     def end_pass(self, single: bool) -> None:
         self._linear.end_pass(single)

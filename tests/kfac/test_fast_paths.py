@@ -1,7 +1,5 @@
 """Each fast path against the plain one, on random shapes."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
@@ -11,6 +9,7 @@ from submission.kfac import (
     KFAC,
     KFACConfig,
     Positions,
+    capture,
     collectors,
     convolution,
     correlations,
@@ -21,6 +20,7 @@ from submission.kfac import (
     symmetric,
 )
 from submission.kfac.factor_inverses import Request, invert_factors
+from submission.kfac.graph import GraphError
 from submission.kfac.low_rank import most_rows
 
 
@@ -378,55 +378,88 @@ class Images(nn.Module):
         return self.outer(self.conv(self.conv(h).tanh()).mT)
 
 
+@pytest.fixture
+def waited(monkeypatch):
+    """Names of layers whose factor was formed after the Fisher pass."""
+    found = []
+    end = capture.Recording.end_passes
+
+    def ended(self):
+        for name, collector in self._collectors.items():
+            found.extend(name for _ in getattr(collector, "_waiting", ()))
+        end(self)
+
+    monkeypatch.setattr(capture.Recording, "end_passes", ended)
+    monkeypatch.setattr(collectors, "LARGE", 0.0)
+    return found
+
+
 @pytest.mark.parametrize("joint_bias", [True, False])
 @pytest.mark.parametrize("fisher_type", ["type-2", "mc", "empirical"])
-@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
-def test_factors_that_are_formed_late_are_the_same(
-    kfac_approx, fisher_type, joint_bias, monkeypatch
-):
+def test_factors_that_are_formed_late_are_the_same(fisher_type, joint_bias, waited, monkeypatch):
     model, x = Images(), torch.randint(9, (3, 5))
     options = {
         "likelihood": "categorical",
-        "kfac_approx": kfac_approx,
+        "kfac_approx": "expand",
         "fisher_type": fisher_type,
         "joint_bias": joint_bias,
         "targets": torch.randint(9, (3, 5)),
     }
-    found = []
-    for share in (float("inf"), 0.0):
-        monkeypatch.setattr(collectors, "LARGE", share)
-        found.append(curvature(model, x, **options))
-    for name, block in found[0].items():
-        torch.testing.assert_close(found[1][name].to_dense(), block.to_dense(), rtol=1e-12, atol=0)
+    late = curvature(model, x, **options)
+    assert waited == ["conv"] * joint_bias  # the first call's input is not contiguous
+    monkeypatch.setattr(collectors, "LARGE", float("inf"))
+    for name, block in curvature(model, x, **options).items():
+        torch.testing.assert_close(late[name].to_dense(), block.to_dense(), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("checkpointed", [True, False])
-def test_only_inputs_that_the_graph_keeps_stand_for_their_factor(checkpointed, monkeypatch):
-    waiting = []
-    add = collectors.ExpandCollector._add_inputs
+class Dilated(nn.Module):
+    """One convolution, called with several dilations."""
 
-    def added(self, *args):
-        waiting.append(recording.is_open)
-        add(self, *args)
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, 3, padding="same")
 
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
+    def forward(self, x):
+        for dilation in (1, 2, 3):
+            self.conv.dilation = (dilation,)
+            x = self.conv(x).tanh()
+        return x.flatten(1)
 
-        def forward(self, x):
-            recording.is_open = True
-            h = checkpoint(self.first, x, use_reentrant=False) if checkpointed else self.first(x)
-            return self.second(h.tanh())
 
-    recording = SimpleNamespace(is_open=False)
-    monkeypatch.setattr(collectors, "LARGE", 0.0)
-    monkeypatch.setattr(collectors.ExpandCollector, "_add_inputs", added)
-    model = Net()
-    kfac = KFAC(model, KFACConfig(kfac_approx="expand", factor_decay=0.9, damping=0.1))
-    with kfac.record():
-        logits = model(torch.randn(40, 4))
-    recording.is_open = False
-    assert len(waiting) == checkpointed
-    kfac.update(logits, "categorical")
-    assert waiting == [True] * checkpointed + [False] * (2 - checkpointed)
+def test_a_call_counts_as_the_module_was_then(waited, monkeypatch):
+    model, x = Dilated(), torch.randn(3, 4, 7)
+    options = {"likelihood": "gaussian", "kfac_approx": "expand", "fisher_type": "type-2"}
+    late = curvature(model, x, **options)["conv"]
+    assert len(waited) == 3
+    monkeypatch.setattr(collectors, "LARGE", float("inf"))
+    at_once = curvature(model, x, **options)["conv"]
+    torch.testing.assert_close(late.to_dense(), at_once.to_dense(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("how", ["plain", "checkpoint", "hooks", "autocast", "padded", "strided"])
+def test_only_inputs_that_the_graph_keeps_as_they_are_stand_for_their_factor(how, waited):
+    """Where it keeps something else, writing into the input afterwards is allowed."""
+    mode = "circular" if how == "padded" else "zeros"
+    conv = nn.Conv1d(4, 4, 3, padding=1, padding_mode=mode).float()
+    x = torch.randn(5, 4, 7, dtype=torch.float32)
+    x = x.mT.contiguous().mT if how == "strided" else x
+    factors_of = KFAC(conv, KFACConfig(kfac_approx="expand", factor_decay=0.9, damping=0.1))
+
+    def forward():
+        if how == "checkpoint":
+            return checkpoint(conv, x, use_reentrant=False)
+        if how == "hooks":
+            with torch.autograd.graph.save_on_cpu():
+                return conv(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            return conv(x)
+
+    with factors_of.record():
+        logits = forward().flatten(1)
+    if how == "plain":
+        x.zero_()
+        with pytest.raises(GraphError, match="'' was written into"):
+            factors_of.update(logits, "gaussian")
+        return
+    factors_of.update(logits.float(), "gaussian")
+    assert not waited

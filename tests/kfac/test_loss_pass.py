@@ -552,7 +552,7 @@ def test_a_rank_without_memory_starts_its_sums_no_earlier_than_the_others(monkey
         loss = cross_entropy(logits, y)
         kfac.update(logits, "categorical", targets=y, loss=loss)
         kfac.reduce_factors()
-        assert kfac._reduction is None
+        assert kfac._statistics._reduction is None
         loss.backward()
         kfac.precondition()
     assert kfac.failures["memory"] == 1

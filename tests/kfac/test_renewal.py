@@ -154,3 +154,64 @@ def test_parts_that_change_meanwhile_get_new_inverses():
     training.step(*data[4])
     assert set(training.inverses()) == {"0", "2", "3"}
     assert training.kfac.failures == {"statistics": 0, "inverse": 0, "memory": 0}
+
+
+def test_a_state_is_loaded_whatever_the_background_does(monkeypatch, caplog):
+    training, data = Training(net(), background_inverses=True), batches(4)
+    training.step(*data[0])
+    saved = copy.deepcopy(training.kfac.state_dict())
+    training.step(*data[1])
+
+    def wrong(*args):
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(renewal, "invert_all", wrong)
+        training.step(*data[2])
+        training.kfac.load_state_dict(saved)
+    assert "not needed any more" in caplog.text
+    assert_same(training.inverses(), saved["inverses"])
+    training.step(*data[3])
+
+
+def test_after_an_error_inverses_are_made_again(monkeypatch):
+    training, data = Training(net()), batches(3)
+    training.step(*data[0])
+    training.kfac.damping = 0.5
+    before = training.inverses()
+
+    def wrong(*args):
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(renewal, "invert_all", wrong)
+        with pytest.raises(ZeroDivisionError):
+            training.step(*data[1])
+    training.step(*data[2])
+    now = training.inverses()["0"]
+    assert any(not torch.equal(value, before["0"][key]) for key, value in now.items())
+
+
+def test_corrected_eigenvalues_are_of_the_basis_in_use():
+    options = {"damping_kind": "exact", "eigenvalue_correction": True, "background_inverses": True}
+    training = Training(net(), **options)
+    for x, y in batches(5):
+        training.step(x, y)
+        assert "corrected" in training.inverses()["0"]
+
+
+def test_a_state_with_another_seed_stops_to_wait_for_a_loss():
+    options = {"fisher_type": "empirical"}
+    training, other = Training(net(), **options), Training(net(), seed=5, **options)
+    x, y = batches(1)[0]
+    saved = copy.deepcopy(other.kfac.state_dict())
+    with training.kfac.record():
+        logits = training.model(x)
+    loss = F.cross_entropy(logits, y)
+    training.kfac.update(logits, "categorical", targets=y, loss=loss)
+    assert training.kfac._statistics.waits_for_loss
+    training.kfac.load_state_dict(saved)
+    loss.backward()
+    assert not training.kfac._statistics.waits_for_loss
+    assert not training.kfac._statistics.is_begun
+    assert training.kfac.config.seed == training.kfac._statistics.config.seed == 5

@@ -102,7 +102,7 @@ def test_empirical_factors_come_from_the_backward_pass_of_the_loss(label_smoothi
         return model.parameters()
 
     with monkeypatch.context() as patch:
-        patch.setattr("submission.kfac.preconditioner.may_share", lambda *args: False)
+        patch.setattr("submission.kfac.step_statistics.may_share", lambda *args: False)
         expected = trained()
     monkeypatch.delattr(Recording, "fisher_pass")
     for p, q in zip(trained(), expected, strict=True):
