@@ -65,7 +65,10 @@ def is_differentiated(output: Any) -> bool:
 
 
 def saves_elsewhere() -> bool:
-    """Whether what the graph saves is not the tensors themselves: in a checkpoint, under hooks."""
+    """Whether what the graph saves is not the tensors themselves: in a checkpoint, under hooks.
+
+    PyTorch 2.5 does not tell of hooks.
+    """
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return inside_checkpoint() or (hooks is not None and hooks(True) is not None)
 

@@ -439,6 +439,8 @@ def test_a_call_counts_as_the_module_was_then(waited, monkeypatch):
 @pytest.mark.parametrize("how", ["plain", "checkpoint", "hooks", "autocast", "padded", "strided"])
 def test_only_inputs_that_the_graph_keeps_as_they_are_stand_for_their_factor(how, waited):
     """Where it keeps something else, writing into the input afterwards is allowed."""
+    if how == "hooks" and not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
+        pytest.skip("this PyTorch does not tell of hooks")
     mode = "circular" if how == "padded" else "zeros"
     conv = nn.Conv1d(4, 4, 3, padding=1, padding_mode=mode).float()
     x = torch.randn(5, 4, 7, dtype=torch.float32)
