@@ -157,19 +157,18 @@ class ExpandCollector(Collector):
             self._inputs.append(factors.append_ones(rows) if part.has_bias else own_copy(rows, x))
 
     def _may_wait(self, x: Tensor, module: Any) -> bool:
-        """Whether A of a convolution takes so much memory that it should be formed late.
+        """Whether A takes so much memory that it should be formed late.
 
         The peak of memory is in the Fisher pass. Until then A is represented by the input, where
         the graph holds this very tensor for the loss's backward pass anyway (and nobody may write
         into it, or that pass would fail).
         """
         part = self.part
-        if part.kind.has_plain_rows or part.diagonal_input or not x.is_contiguous():
+        if part.diagonal_input or not part.kind.saves_input(module, x):
             return False
-        is_kept_as_it_is = x.dtype == module.weight.dtype and module.padding_mode == "zeros"
         is_joint = part.joint_bias or not part.has_bias
         is_large = part.sides[1] ** 2 > LARGE * x.numel()
-        return is_large and is_joint and is_kept_as_it_is and not saves_elsewhere()
+        return is_large and is_joint and not saves_elsewhere()
 
     def output(self, y: Tensor) -> None:
         if self._waiting and self._waiting[-1].x.dtype != y.dtype:

@@ -62,6 +62,14 @@ class Kind(ABC):
         del x, y
         return module
 
+    def saves_input(self, module: Any, x: Tensor) -> bool:
+        """Whether autograd keeps this very input, and no copy, for the gradient of the weight.
+
+        Where it does, a large A may be formed after the Fisher pass. Off autocast.
+        """
+        del module, x
+        return False
+
     @abstractmethod
     def sides(self, module: Any) -> tuple[int, int]:
         """(P_out, P_in) of one group, without the bias column."""
@@ -209,6 +217,10 @@ class ConvKind(Kind):
 
     def as_called(self, module: Any, x: Tensor, y: Tensor) -> Any:
         return convolution.as_called(module, x, y) if x.dim() == y.dim() else module
+
+    def saves_input(self, module: Any, x: Tensor) -> bool:
+        plain = x.is_contiguous() and x.dtype == module.weight.dtype
+        return plain and bool(module.padding_mode == "zeros")
 
     def sides(self, module: Any) -> tuple[int, int]:
         kernel = math.prod(module.kernel_size)
