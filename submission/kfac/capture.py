@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -361,7 +361,8 @@ class Recording:
     def _collecting(self, doing: str) -> Iterator[None]:
         """Statistics are taken inside."""
         # Autocast is for the model's passes: a curvature of 8 bits could not be inverted.
-        plain = torch.autocast(self._device_type, enabled=False)
+        has_autocast = torch.amp.is_autocast_available(self._device_type)
+        plain = torch.autocast(self._device_type, enabled=False) if has_autocast else nullcontext()
         with self._memory_watched(doing), products_in(self._precision), torch.no_grad(), plain:
             yield
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from functools import partial
 
@@ -19,8 +18,6 @@ from .loss_pass import LossPass, is_multiple, may_share
 from .passes import FisherPass, fisher_passes
 from .sampling import sampling_seed
 from .statistics import Part
-
-logger = logging.getLogger(__name__)
 
 
 class StepStatistics:

@@ -436,6 +436,15 @@ def test_a_call_counts_as_the_module_was_then(waited, monkeypatch):
     torch.testing.assert_close(late.to_dense(), at_once.to_dense(), rtol=1e-12, atol=0)
 
 
+def test_shapes_are_had_on_the_meta_device():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to("meta")
+    x = torch.randn(6, 4, device="meta")
+    options = {"likelihood": "gaussian", "kfac_approx": "expand", "fisher_type": "type-2"}
+    found = curvature(model, x, **options)["0"]
+    assert found.input_covariance.is_meta
+    assert found.gradient_covariance.shape == (5, 5)
+
+
 @pytest.mark.parametrize("how", ["plain", "checkpoint", "hooks", "autocast", "padded", "strided"])
 def test_only_inputs_that_the_graph_keeps_as_they_are_stand_for_their_factor(how, waited):
     """Where it keeps something else, writing into the input afterwards is allowed."""
