@@ -1,0 +1,120 @@
+"""What recorded passes have shown of a model, and the blocks that follow from it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .blocks.structure import Options, Structure, structure_of
+from .config import KFACConfig
+from .fisher.graph import leaves_beside
+from .operations.record import Recording
+from .operations.uses import Use
+from .ranks import collectives
+
+logger = logging.getLogger(__name__)
+LOW_COVERAGE = 0.9  # share of the parameters in blocks with factors, below which a warning is due
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        else:
+            inner = getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter.
+
+    Raises:
+        ValueError: there is none, or one has no shape yet.
+    """
+    found = {}
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"parameter '{name}' has no shape yet: run one forward pass before making K-FAC"
+            )
+        if parameter.requires_grad and parameter.numel():
+            found[name] = parameter
+    if not found:
+        raise ValueError("the model has no trainable parameter")
+    return found
+
+
+def options_of(config: KFACConfig, approx: str) -> Options:
+    """The settings that decide about blocks."""
+    return Options(
+        approx=approx,
+        bias=config.bias,
+        norm_rows=config.norm_rows,
+        max_factor_side=config.max_factor_side,
+        exclude=config.exclude,
+    )
+
+
+def found_in(
+    recording: Recording, outputs: Sequence[Tensor], parameters: Mapping[str, nn.Parameter]
+) -> tuple[dict[Use, None], dict[str, str]]:
+    """The uses of parameters in a recorded pass, and how parameters reach the outputs besides.
+
+    Args:
+        outputs: the logits of all losses.
+    """
+    below: dict[torch.autograd.graph.Node, list[torch.autograd.graph.Node | None]] = {}
+    for call in recording.calls:
+        assert call.edge is not None
+        below.setdefault(call.edge.node, []).append(call.below)
+    beside = leaves_beside([output.grad_fn for output in outputs], below)
+    others = {
+        name: recording.others.get(name, f"the operation {beside[id(parameter)] or 'itself'}")
+        for name, parameter in parameters.items()
+        if id(parameter) in beside
+    }
+    return dict.fromkeys(call.use for call in recording.calls), others
+
+
+def merged_over_ranks(
+    uses: Mapping[Use, None], others: Mapping[str, str]
+) -> tuple[dict[Use, None], dict[str, str]]:
+    """What any rank has found, the same on all of them."""
+    all_uses: dict[Use, None] = {}
+    all_others: dict[str, str] = {}
+    for some_uses, some_others in collectives.gathered((list(uses), dict(others))):
+        all_uses.update(dict.fromkeys(some_uses))
+        all_others = {**some_others, **all_others}
+    return all_uses, all_others
+
+
+def structure_from(
+    uses: Mapping[Use, None] | None,
+    others: Mapping[str, str],
+    parameters: Mapping[str, nn.Parameter],
+    config: KFACConfig,
+    approx: str,
+) -> Structure:
+    """The blocks of a model; before the first recorded pass every parameter is one of its own."""
+    return structure_of(uses or {}, others, parameters, options_of(config, approx))
+
+
+def warn_of_low_coverage(structure: Structure) -> None:
+    """Says once which large parameters have no factors, and why."""
+    sizes = {b.name: sum(piece.numel for piece in b.pieces) for b in structure.blocks}
+    covered = sum(sizes[b.name] for b in structure.blocks if b.has_factors)
+    total = sum(sizes.values())
+    if covered >= LOW_COVERAGE * total:
+        return
+    rest = sorted((name for name in structure.reasons), key=lambda name: -sizes[name])[:3]
+    logger.warning(
+        "K-FAC: %.1f %% of the parameters have Kronecker factors; the largest without: %s",
+        100 * covered / total,
+        "; ".join(f"{name} ({sizes[name]:,}: {structure.reasons[name]})" for name in rest),
+    )
