@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from nets import Mean
 from torch import nn
 
-from submission.kfac import KFAC, KFACConfig
+from submission.kfac import KFAC as Preconditioner
+from submission.kfac import KFACConfig
 from submission.kfac.adaptive_damping import OMEGA, adapted_damping, predicted_change
 
 
@@ -27,7 +28,7 @@ class Net(nn.Module):
 
 def trial_step(kfac_approx="expand", scale=1e-3):
     model, x, y = Net(), torch.randn(6, 2, 4), torch.randint(3, (6,))
-    kfac = KFAC(
+    kfac = Preconditioner(
         model, KFACConfig(kfac_approx, damping=0.1, fisher_type="type-2", factor_update_steps=1,
                           inverse_update_steps=5),
     )  # fmt: skip
@@ -97,7 +98,7 @@ def test_verdicts(ratio, factor):
 def test_deep_linear_nets_are_their_quadratic_model():
     # One linear layer with a squared error: K-FAC is exact, so the model is the loss itself.
     model, x, y = nn.Sequential(nn.Linear(3, 2), Mean()), torch.randn(5, 2, 3), torch.randn(5, 2)
-    kfac = KFAC(model, KFACConfig("reduce", damping=1e-9, fisher_type="type-2"))
+    kfac = Preconditioner(model, KFACConfig("reduce", damping=1e-9, fisher_type="type-2"))
     with kfac.record():
         out = model(x)
     kfac.update(out, "gaussian")
@@ -117,7 +118,7 @@ def test_deep_linear_nets_are_their_quadratic_model():
 def test_the_prediction_for_the_minimiser_of_the_damped_model(relative, corrected):
     """Along the exact Newton step of the model, M(δ) = ½ gᵀδ, whatever the units of λ."""
     model, x = nn.Linear(4, 3), 10 * torch.randn(20, 4)
-    kfac = KFAC(
+    kfac = Preconditioner(
         model,
         KFACConfig(fisher_type="type-2", damping_kind="exact", relative_damping=relative,
                    damping=0.5, eigenvalue_correction=corrected),

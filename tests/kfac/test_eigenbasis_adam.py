@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from nets import Mean
 from torch import nn
 
-from submission.kfac import KFAC, KFACConfig
+from submission.kfac import KFAC as Preconditioner
+from submission.kfac import KFACConfig
 from submission.kfac.eigenbasis_adam import AdamStep, directions, out_of_basis, turn_moments
 from submission.kfac.partition import partition
 from submission.optimizers import NAdamW
@@ -124,13 +125,13 @@ def train(model, kfac, optimizer, steps):
 @pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
 def test_it_trains_everything_and_resumes_to_the_bit(kfac_approx):
     model = net()
-    kfac = KFAC(model, config(kfac_approx=kfac_approx))
+    kfac = Preconditioner(model, config(kfac_approx=kfac_approx))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, weight_decay=0.01)
     before = [p.detach().clone() for p in model.parameters()]
     losses = train(model, kfac, optimizer, range(8))
     assert all(not torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
     resumed = copy.deepcopy(model)
-    again = KFAC(resumed, config(kfac_approx=kfac_approx))
+    again = Preconditioner(resumed, config(kfac_approx=kfac_approx))
     again.load_state_dict(copy.deepcopy(kfac.state_dict()))
     other = torch.optim.SGD(resumed.parameters(), lr=0.02, weight_decay=0.01)
     losses += train(model, kfac, optimizer, range(8, 60))
@@ -142,7 +143,7 @@ def test_it_trains_everything_and_resumes_to_the_bit(kfac_approx):
 
 def test_only_layers_with_a_basis_are_observed_and_the_report_says_so():
     model = net()
-    kfac = KFAC(model, config())
+    kfac = Preconditioner(model, config())
     train(model, kfac, torch.optim.SGD(model.parameters(), lr=0.02), range(1))
     assert list(kfac.curvature()) == ["0", "1", "5"]
     rows = {row.name: row.preconditioner for row in kfac.report()}
@@ -151,7 +152,7 @@ def test_only_layers_with_a_basis_are_observed_and_the_report_says_so():
 
 def test_parameters_outside_layers_are_trained_by_adam():
     model = net()
-    kfac = KFAC(model, config())
+    kfac = Preconditioner(model, config())
     twin = copy.deepcopy(model[2])
     adam = NAdamW(twin.parameters(), lr=0.02, betas=BETAS, eps=EPSILON)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
@@ -171,7 +172,7 @@ def test_parameters_outside_layers_are_trained_by_adam():
 
 def test_a_step_that_is_not_finite_enters_no_moment():
     model = net()
-    kfac = KFAC(model, config())
+    kfac = Preconditioner(model, config())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     train(model, kfac, optimizer, range(3))
     before = copy.deepcopy(kfac.state_dict())

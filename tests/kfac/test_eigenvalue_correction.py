@@ -10,7 +10,8 @@ from ggn import layer_ggn, relative_error
 from nets import Mean
 from torch import nn
 
-from submission.kfac import KFAC, KFACConfig
+from submission.kfac import KFAC as Preconditioner
+from submission.kfac import KFACConfig
 from submission.kfac.eigenvalue_correction import EigenvalueCorrectedFactors
 
 
@@ -50,7 +51,7 @@ def corrected(kfac, layer):
 def test_without_sharing_the_eigenvalues_are_the_diagonal_of_the_exact_block(kfac_approx):
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
     x, y = torch.randn(9, 4), torch.randint(3, (9,))
-    kfac = KFAC(model, config(kfac_approx=kfac_approx))
+    kfac = Preconditioner(model, config(kfac_approx=kfac_approx))
     step(model, kfac, x, y)
     for layer in ("0", "2", "4"):
         truth = layer_ggn(model, layer, (x,), lambda f: F.cross_entropy(f, y))
@@ -67,7 +68,7 @@ def test_without_sharing_the_eigenvalues_are_the_diagonal_of_the_exact_block(kfa
 def test_convolutions_correct_each_group(kfac_approx, groups):
     model = nn.Sequential(nn.Conv2d(2, 4, 2, groups=groups), nn.Flatten(), nn.Linear(4, 3))
     x, y = torch.randn(9, 2, 2, 2), torch.randint(3, (9,))
-    kfac = KFAC(model, config(kfac_approx=kfac_approx))
+    kfac = Preconditioner(model, config(kfac_approx=kfac_approx))
     step(model, kfac, x, y)
     truth = layer_ggn(model, "0", (x,), lambda f: F.cross_entropy(f, y))
     inverse = kfac.state_dict()["inverses"]["0"]
@@ -81,7 +82,7 @@ def test_convolutions_correct_each_group(kfac_approx, groups):
 
 def test_the_preconditioner_is_the_damped_inverse():
     model, x, y = nn.Sequential(nn.Linear(4, 3)), torch.randn(9, 4), torch.randint(3, (9,))
-    kfac = KFAC(model, config())
+    kfac = Preconditioner(model, config())
     plain = step(model, kfac, x, y)
     dense = corrected(kfac, "0").to_dense() + 0.01 * torch.eye(15)
     joint = torch.cat([plain["0.weight"], plain["0.bias"][:, None]], 1).flatten()
@@ -105,13 +106,13 @@ def test_shared_positions_and_intervals_resume_bit_for_bit(kfac_approx):
                     p -= 0.1 * p.grad
 
     resumed = copy.deepcopy(model)
-    run(model, KFAC(model, config(kfac_approx=kfac_approx, **options)), batches)
-    first = KFAC(resumed, config(kfac_approx=kfac_approx, **options))
+    run(model, Preconditioner(model, config(kfac_approx=kfac_approx, **options)), batches)
+    first = Preconditioner(resumed, config(kfac_approx=kfac_approx, **options))
     run(resumed, first, batches[:5])
     file = io.BytesIO()
     torch.save(first.state_dict(), file)
     file.seek(0)
-    second = KFAC(resumed, config(kfac_approx=kfac_approx, **options))
+    second = Preconditioner(resumed, config(kfac_approx=kfac_approx, **options))
     second.load_state_dict(torch.load(file, weights_only=True))
     run(resumed, second, batches[5:])
     for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
@@ -127,7 +128,7 @@ def test_a_new_damping_between_updates_keeps_the_corrected_eigenvalues():
     def gradient(factor):
         torch.manual_seed(1)
         model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-        kfac = KFAC(
+        kfac = Preconditioner(
             model, config(factor_update_steps=10, inverse_update_steps=10, early_updates=False)
         )
         x, y = torch.randn(20, 4), torch.randint(3, (20,))

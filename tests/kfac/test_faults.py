@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from nets import Mean, Pool
 from torch import nn
 
-from submission.kfac import KFAC, KFACConfig, KFACError, Segments, old_inverses
+from submission.kfac import KFAC as Preconditioner
+from submission.kfac import KFACConfig, KFACError, Segments, old_inverses
 
 
 def net(dtype=torch.float64):
@@ -34,7 +35,7 @@ class Training:
 
     def __init__(self, model, settings=None, autocast=None, scale=None):
         self.model, self.autocast = model, autocast
-        self.kfac = KFAC(model, settings or config())
+        self.kfac = Preconditioner(model, settings or config())
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=bool(scale))
 
@@ -116,7 +117,7 @@ def test_a_bad_first_batch_leaves_the_plain_gradient_or_a_finite_one(fault):
 def test_a_batch_of_nothing_but_padding_graphs_enters_nothing(kfac_approx):
     sizes = torch.tensor([3, 2, 4])
     model = Pool(None, len(sizes), "sum")
-    kfac = KFAC(model, config(kfac_approx=kfac_approx))
+    kfac = Preconditioner(model, config(kfac_approx=kfac_approx))
 
     def step(valid, kept):
         segments = Segments.from_sizes(sizes, int(sizes.sum()), valid)
@@ -198,7 +199,7 @@ def test_convolutions_have_the_same_factors_under_autocast_but_for_the_gradients
     x = torch.randn(16, 8, 6, 6, dtype=torch.float32)
     found = []
     for enabled in (False, True):
-        kfac = KFAC(model, config(kfac_approx=kfac_approx))
+        kfac = Preconditioner(model, config(kfac_approx=kfac_approx))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             with kfac.record():
                 logits = model(x)
@@ -272,7 +273,7 @@ def test_a_compiled_model_trains_like_the_plain_one_and_compiles_once():
     model = net()
     model.load_state_dict(plain.model.state_dict())
     compiled = torch.compile(model, backend="aot_eager")
-    kfac = KFAC(compiled, plain.kfac.config)
+    kfac = Preconditioner(compiled, plain.kfac.config)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     counters.clear()
     torch._dynamo.reset()
@@ -328,7 +329,9 @@ def test_norms_of_a_single_example_are_preconditioned_downhill(damping):
         model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)).float()
         with torch.no_grad():
             model[2].weight *= 100
-        kfac = KFAC(model, config(damping=damping, factor_decay=0.0, fisher_type="type-2"))
+        kfac = Preconditioner(
+            model, config(damping=damping, factor_decay=0.0, fisher_type="type-2")
+        )
         x = torch.randn(1, 4, dtype=torch.float32)
         with kfac.record():
             logits = model(x)
@@ -346,7 +349,7 @@ def test_norms_of_a_single_example_are_preconditioned_downhill(damping):
 def test_a_damping_that_float32_cannot_divide_by_is_refused(damping):
     with pytest.raises(ValueError, match="at least 1e-30"):
         KFACConfig(damping=damping)
-    kfac = KFAC(net())
+    kfac = Preconditioner(net())
     with pytest.raises(ValueError, match="at least 1e-30"):
         kfac.damping = damping
     assert kfac.damping == KFACConfig().damping
@@ -380,7 +383,7 @@ def test_old_inverses_are_packed_in_the_steps_that_renew_them(damping_kind, ever
         inverse_update_steps=every, early_updates=False, kfac_approx="expand",
         damping_kind=damping_kind,
     )  # fmt: skip
-    kfac = KFAC(model, settings)
+    kfac = Preconditioner(model, settings)
 
     def held():
         return {(n, key) for n, inverse in kfac._state.inverses.items() for key in inverse}

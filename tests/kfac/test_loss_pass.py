@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from nets import Mean, Tokens, Twice
 from torch import nn
 
+from submission.kfac import KFAC as Preconditioner
 from submission.kfac import (
-    KFAC,
     Bernoulli,
     Categorical,
     Gaussian,
@@ -112,7 +112,7 @@ def passes(monkeypatch):
 def compare(model, x, passes, likelihood, loss_of, targets, mask=None, shared=True, **options):
     """Steps with a Fisher pass, and with the loss's pass alone, are the same."""
     apart, together = model, copy.deepcopy(model)
-    kfacs = [KFAC(m, configuration(**options)) for m in (apart, together)]
+    kfacs = [Preconditioner(m, configuration(**options)) for m in (apart, together)]
     # Adam divides rounding errors of directions without gradient by its epsilon.
     atol = 1e-7 if "direction" in options else 1e-12
     for _ in range(2):
@@ -218,7 +218,7 @@ def test_penalties_on_activations_take_a_pass_of_their_own(passes):
             return self.last(self.hidden)
 
     model, x, y = Penalised(), torch.randn(7, 4), torch.randint(3, (7,))
-    kfac = KFAC(model, configuration())
+    kfac = Preconditioner(model, configuration())
     for penalty in (0.1, 0.0):
         step(
             model, kfac, x, "categorical",
@@ -231,7 +231,7 @@ def test_penalties_on_activations_take_a_pass_of_their_own(passes):
 
 def test_penalties_on_parameters_do_not_hinder(passes):
     model, x, y = plain(), torch.randn(7, 2, 4), torch.randint(3, (7,))
-    kfacs = [KFAC(model, configuration()) for _ in range(2)]
+    kfacs = [Preconditioner(model, configuration()) for _ in range(2)]
 
     def loss_of(out):
         return cross_entropy(out, y) + sum(p.square().sum() for p in model.parameters())
@@ -252,7 +252,7 @@ def test_batch_norm_in_training_mode(passes):
     # What reaches an example's outputs from the losses of others counts as its own.
     model.train()
     made = len(passes)
-    kfac = KFAC(model, configuration(kfac_approx="expand"))
+    kfac = Preconditioner(model, configuration(kfac_approx="expand"))
     step(model, kfac, x, "categorical", lambda out: cross_entropy(out, y), y)
     assert len(passes) == made
     outputs = []
@@ -284,7 +284,7 @@ def test_parameters_outside_layers_take_one_fisher_pass_for_all(passes):
     del passes[:]
     found = []
     for seed in range(60):
-        kfac = KFAC(model, configuration(seed=seed))
+        kfac = Preconditioner(model, configuration(seed=seed))
         step(model, kfac, x, "categorical", lambda out: cross_entropy(out, y), y)
         block = kfac.curvature()["linear"]
         torch.testing.assert_close(block.gradient_covariance, exact["linear"].gradient_covariance)
@@ -295,7 +295,7 @@ def test_parameters_outside_layers_take_one_fisher_pass_for_all(passes):
     assert ((values.mean(0) - truth).abs() < 4 * error).all()
     assert (error < 0.3 * truth).all()
     # Adam asks for no curvature of theirs.
-    kfac = KFAC(model, configuration(direction="eigenbasis_adam", damping_kind="exact"))
+    kfac = Preconditioner(model, configuration(direction="eigenbasis_adam", damping_kind="exact"))
     step(model, kfac, x, "categorical", lambda out: cross_entropy(out, y), y)
     assert len(passes) == 60
 
@@ -312,7 +312,7 @@ def test_other_fisher_types_make_their_own_pass(fisher_type, passes):
 def test_several_micro_batches(passes):
     model, y = plain(), torch.randint(3, (8,))
     x = torch.randn(8, 2, 4)
-    together, parts = KFAC(model, configuration()), KFAC(model, configuration())
+    together, parts = Preconditioner(model, configuration()), Preconditioner(model, configuration())
     step(model, together, x, "categorical", lambda out: cross_entropy(out, y), y, share=False)
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
@@ -334,7 +334,7 @@ def test_several_micro_batches(passes):
 def test_a_loss_of_all_right_answers_is_no_fault():
     model, x = nn.Linear(4, 3), torch.randn(5, 4)
     y = model(x).detach()
-    kfac = KFAC(model, configuration())
+    kfac = Preconditioner(model, configuration())
     step(model, kfac, x, "gaussian", lambda out: F.mse_loss(out, y), y)
     assert kfac.failures == {} or not any(kfac.failures.values())
     assert not tensors_of(kfac)[".gradient_covariance"].any()
@@ -342,7 +342,7 @@ def test_a_loss_of_all_right_answers_is_no_fault():
 
 def test_a_loss_that_becomes_another_one_drops_the_update():
     model, x, y = plain(), torch.randn(7, 2, 4), torch.randint(3, (7,))
-    kfac = KFAC(model, configuration(factor_decay=0.9))
+    kfac = Preconditioner(model, configuration(factor_decay=0.9))
     step(model, kfac, x, "categorical", lambda out: cross_entropy(out, y), y)
     before = tensors_of(kfac)
     step(model, kfac, x, "categorical", lambda out: cross_entropy(out, y, label_smoothing=0.3), y)
@@ -353,7 +353,7 @@ def test_a_loss_that_becomes_another_one_drops_the_update():
 
 def test_a_backward_pass_that_does_not_come_or_comes_twice():
     model, x, y = plain(), torch.randn(7, 2, 4), torch.randint(3, (7,))
-    kfac = KFAC(model, configuration())
+    kfac = Preconditioner(model, configuration())
 
     def updated():
         model.zero_grad()
@@ -427,7 +427,7 @@ class TwoOutputs(nn.Module):
 
 def test_other_outputs_of_the_same_operation_are_another_way(passes):
     model, x, y = TwoOutputs(), torch.randn(7, 4), torch.randint(3, (7,))
-    kfac = KFAC(model, configuration())
+    kfac = Preconditioner(model, configuration())
     for weight in (0.0, 1.0, 0.0):
         others = []
 
@@ -446,7 +446,7 @@ def test_other_outputs_of_the_same_operation_are_another_way(passes):
 
 def test_a_backward_pass_that_breaks_off_gives_no_statistics(caplog):
     model, x, y = plain(), torch.randn(7, 2, 4), torch.randint(3, (7,))
-    kfac, reference = (KFAC(model, configuration()) for _ in range(2))
+    kfac, reference = (Preconditioner(model, configuration()) for _ in range(2))
     with kfac.record():
         hidden = model[:2](x)
         logits = model[2:](hidden)
@@ -464,7 +464,7 @@ def test_a_backward_pass_that_breaks_off_gives_no_statistics(caplog):
 
 def test_other_backward_passes_in_between_are_not_heard():
     model, x, y = plain(), torch.randn(7, 2, 4), torch.randint(3, (7,))
-    kfac, reference = (KFAC(model, configuration()) for _ in range(2))
+    kfac, reference = (Preconditioner(model, configuration()) for _ in range(2))
     step(model, reference, x, "categorical", lambda out: cross_entropy(out, y), y)
     model.zero_grad()
     with kfac.record():
@@ -481,7 +481,7 @@ def test_other_backward_passes_in_between_are_not_heard():
 
 def test_a_loss_that_changes_for_good_is_looked_at_again(passes):
     model, x, y = plain(), torch.randn(7, 2, 4), torch.randint(3, (7,))
-    kfac = KFAC(model, configuration(max_failures=2))
+    kfac = Preconditioner(model, configuration(max_failures=2))
     for smoothing in (0.0, 0.3, 0.3, 0.3, 0.3):
         step(
             model, kfac, x, "categorical",
@@ -499,7 +499,7 @@ def test_penalties_and_bare_parameters_may_come_later(passes):
 
     model, x, y = Penalised(), torch.randn(7, 4), torch.randint(3, (7,))
     model.shift.requires_grad_(False)
-    kfac = KFAC(model, configuration())
+    kfac = Preconditioner(model, configuration())
 
     def loss_of(out, penalty=0.0):
         return cross_entropy(out, y) + (penalty * model.hidden.square().sum() if penalty else 0)
@@ -525,7 +525,7 @@ def test_penalties_and_bare_parameters_may_come_later(passes):
 
 def test_nothing_is_kept_alive_by_the_graph_of_a_pass():
     model, x, y = plain(), torch.randn(7, 2, 4), torch.randint(3, (7,))
-    kfac = KFAC(model, configuration())
+    kfac = Preconditioner(model, configuration())
     with kfac.record():
         logits = model(x)
     loss = cross_entropy(logits, y)
@@ -542,7 +542,7 @@ def test_a_rank_without_memory_starts_its_sums_no_earlier_than_the_others(monkey
     def no_room(*args):
         raise torch.OutOfMemoryError("no room")
 
-    kfac = KFAC(model, configuration(factor_decay=0.9))
+    kfac = Preconditioner(model, configuration(factor_decay=0.9))
     for lost in (False, True):
         with monkeypatch.context() as patch:
             if lost:
@@ -563,7 +563,7 @@ def test_time_first_with_as_many_steps_as_examples_gets_no_signs():
     x, y = torch.randn(5, 5, 4), torch.randint(3, (5, 5))
     found = []
     for share in (True, False):
-        kfac = KFAC(model, configuration(kfac_approx="reduce"))
+        kfac = Preconditioner(model, configuration(kfac_approx="reduce"))
         model.zero_grad()
         with kfac.record(Positions(batch_dim=1)):
             logits = model(x)
@@ -582,7 +582,7 @@ def test_rows_of_one_example_get_no_signs_of_their_own():
     x, y = torch.randn(5, 4, 4), torch.randint(3, (20,))
     found = []
     for share in (True, False):
-        kfac = KFAC(model, configuration(kfac_approx="reduce"))
+        kfac = Preconditioner(model, configuration(kfac_approx="reduce"))
         step(model, kfac, x, "categorical", lambda out: cross_entropy(out, y), y, share=share)
         found.append(tensors_of(kfac))
     for key, value in found[0].items():

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from nets import Mean
 from torch import nn
 
-from submission.kfac import KFAC, KFACConfig, KFACError, curvature
+from submission.kfac import KFAC as Preconditioner
+from submission.kfac import KFACConfig, KFACError, curvature
 
 
 def net():
@@ -62,7 +63,9 @@ def dense_damped(block, kind, damping):
 @pytest.mark.parametrize("kind", ["both_factors", "pi", "exact"])
 def test_linear_layers_against_the_dense_solve(kind, kfac_approx):
     model, (x, y) = net(), batch()
-    kfac = KFAC(model, every_step(damping=0.03, damping_kind=kind, kfac_approx=kfac_approx))
+    kfac = Preconditioner(
+        model, every_step(damping=0.03, damping_kind=kind, kfac_approx=kfac_approx)
+    )
     plain = train_step(model, kfac, x, y)
     after = {name: p.grad for name, p in model.named_parameters()}
     for layer in ("0", "2", "5"):
@@ -74,7 +77,7 @@ def test_linear_layers_against_the_dense_solve(kind, kfac_approx):
 @pytest.mark.parametrize("kind", ["both_factors", "exact"])
 def test_norms_against_the_dense_solve(kind):
     model, (x, y) = net(), batch()
-    kfac = KFAC(model, every_step(damping=0.03, damping_kind=kind))
+    kfac = Preconditioner(model, every_step(damping=0.03, damping_kind=kind))
     plain = train_step(model, kfac, x, y)
     blocks = kfac.curvature()["3"].blocks + 0.03 * torch.eye(2)
     grads = torch.stack([plain["3.weight"], plain["3.bias"]], 1)
@@ -87,7 +90,7 @@ def test_grouped_and_transposed_convolutions_write_gradients_where_they_belong()
         nn.Conv2d(4, 4, 3, groups=2), nn.ConvTranspose2d(4, 2, 2, groups=2), nn.Flatten(1)
     )
     x = torch.randn(3, 4, 4, 4)
-    kfac = KFAC(model, every_step(damping=0.1, damping_kind="both_factors"))
+    kfac = Preconditioner(model, every_step(damping=0.1, damping_kind="both_factors"))
     with kfac.record():
         out = model(x)
     kfac.update(out, "gaussian")
@@ -116,7 +119,9 @@ def test_relative_damping_makes_the_update_independent_of_the_scale_of_the_loss(
     for scale in (1.0, 100.0):
         torch.manual_seed(3)
         model, (x, _) = net(), batch()
-        kfac = KFAC(model, every_step(damping=0.1, relative_damping=True, fisher_type="type-2"))
+        kfac = Preconditioner(
+            model, every_step(damping=0.1, relative_damping=True, fisher_type="type-2")
+        )
         with kfac.record():
             logits = model(x)
         from submission.kfac import Gaussian
@@ -133,7 +138,7 @@ def test_relative_damping_makes_the_update_independent_of_the_scale_of_the_loss(
 def test_moving_average_is_bias_corrected(decay):
     model = net()
     config = every_step(factor_decay=decay, fisher_type="type-2")
-    kfac, xs = KFAC(model, config), [batch() for _ in range(4)]
+    kfac, xs = Preconditioner(model, config), [batch() for _ in range(4)]
     each = []
     for x, y in xs:
         block = curvature(
@@ -150,7 +155,7 @@ def test_moving_average_is_bias_corrected(decay):
 def test_micro_batches_of_any_size_add_up_to_the_whole_batch(kfac_approx):
     model, (x, y) = net(), batch(8)
     config = every_step(kfac_approx=kfac_approx, fisher_type="type-2")
-    whole, parts = KFAC(model, config), KFAC(model, config)
+    whole, parts = Preconditioner(model, config), Preconditioner(model, config)
     train_step(model, whole, x, y)
     model.zero_grad()
     for piece in (slice(0, 3), slice(3, 8)):
@@ -178,7 +183,7 @@ def test_factors_of_few_rows_act_as_the_dense_ones(kind, interval, pieces, monke
     results = {}
     for few in (True, False):
         monkeypatch.setattr("submission.kfac.recorder.keeps_rows", lambda config, few=few: few)
-        kfac = KFAC(model, config)
+        kfac = Preconditioner(model, config)
         model.zero_grad()
         for xs, ys in zip(x.split(pieces), y.split(pieces), strict=True):
             with kfac.record():
@@ -195,7 +200,7 @@ def test_factors_of_few_rows_act_as_the_dense_ones(kind, interval, pieces, monke
 
 def test_factors_and_inverses_have_their_own_intervals():
     model = net()
-    kfac = KFAC(
+    kfac = Preconditioner(
         model, KFACConfig(factor_update_steps=2, inverse_update_steps=4, early_updates=False)
     )
     factors, inverses = [], []
@@ -211,7 +216,7 @@ def test_factors_and_inverses_have_their_own_intervals():
 
 
 def test_the_first_interval_is_updated_at_powers_of_two():
-    kfac = KFAC(net(), KFACConfig(factor_update_steps=10, inverse_update_steps=10))
+    kfac = Preconditioner(net(), KFACConfig(factor_update_steps=10, inverse_update_steps=10))
     due = []
     for step in range(25):
         kfac._state.step = step
@@ -221,7 +226,9 @@ def test_the_first_interval_is_updated_at_powers_of_two():
 
 def test_a_new_damping_renews_the_inverses():
     model, (x, y) = net(), batch()
-    kfac = KFAC(model, KFACConfig(damping=0.1, early_updates=False, damping_kind="both_factors"))
+    kfac = Preconditioner(
+        model, KFACConfig(damping=0.1, early_updates=False, damping_kind="both_factors")
+    )
     train_step(model, kfac, x, y)
     kfac.damping = 10.0
     plain = train_step(model, kfac, x, y)
@@ -247,15 +254,15 @@ def test_a_resumed_run_is_bit_for_bit_the_same(stop_after, kind):
 
     model = net()
     resumed = copy.deepcopy(model)
-    kfac = KFAC(model, config)
+    kfac = Preconditioner(model, config)
     run(model, kfac, batches)
 
-    first = KFAC(resumed, config)
+    first = Preconditioner(resumed, config)
     run(resumed, first, batches[:stop_after])
     file = io.BytesIO()
     torch.save(first.state_dict(), file)
     file.seek(0)
-    second = KFAC(resumed, config)
+    second = Preconditioner(resumed, config)
     second.load_state_dict(torch.load(file, weights_only=True))
     run(resumed, second, batches[stop_after:])
     for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
@@ -264,15 +271,15 @@ def test_a_resumed_run_is_bit_for_bit_the_same(stop_after, kind):
 
 def test_states_of_other_models_and_settings_are_refused():
     model = net()
-    kfac = KFAC(model, KFACConfig(kfac_approx="expand"))
+    kfac = Preconditioner(model, KFACConfig(kfac_approx="expand"))
     train_step(model, kfac, *batch())
     state = kfac.state_dict()
     with pytest.raises(ValueError, match="kfac_approx='expand', not 'reduce'"):
-        KFAC(net(), KFACConfig(kfac_approx="reduce")).load_state_dict(state)
+        Preconditioner(net(), KFACConfig(kfac_approx="reduce")).load_state_dict(state)
     with pytest.raises(ValueError, match="belongs to another model"):
-        KFAC(nn.Sequential(nn.Linear(4, 3))).load_state_dict(state)
+        Preconditioner(nn.Sequential(nn.Linear(4, 3))).load_state_dict(state)
     with pytest.raises(ValueError, match="version 0"):
-        KFAC(net()).load_state_dict({**state, "version": 0})
+        Preconditioner(net()).load_state_dict({**state, "version": 0})
 
 
 # ---- faults -----------------------------------------------------------------------------------
@@ -293,7 +300,7 @@ def assert_kept(kfac, before):
 @pytest.mark.parametrize("fault", ["nan", "inf", "no valid label"])
 def test_a_bad_batch_does_not_enter_the_averages(fault, caplog):
     model, (x, y) = net(), batch()
-    kfac = KFAC(model, every_step(factor_decay=0.9))
+    kfac = Preconditioner(model, every_step(factor_decay=0.9))
     train_step(model, kfac, x, y)
     before, mask = averages(kfac), None
     bad = x.clone()
@@ -312,7 +319,7 @@ def test_a_bad_batch_does_not_enter_the_averages(fault, caplog):
 
 def test_a_batch_of_zeros_is_legal():
     model = net()
-    kfac = KFAC(model, every_step())
+    kfac = Preconditioner(model, every_step())
     train_step(model, kfac, torch.zeros(7, 2, 4), torch.zeros(7, dtype=int))
     assert not any(kfac.failures.values())
     assert all(p.grad.isfinite().all() for p in model.parameters())
@@ -321,7 +328,7 @@ def test_a_batch_of_zeros_is_legal():
 def test_layers_below_a_zero_initialised_head_are_dead_at_first():
     model, (x, y) = net(), batch()
     nn.init.zeros_(model[5].weight)
-    kfac = KFAC(model, KFACConfig(factor_update_steps=50, inverse_update_steps=50))
+    kfac = Preconditioner(model, KFACConfig(factor_update_steps=50, inverse_update_steps=50))
     for _ in range(2):
         train_step(model, kfac, x, y)
         assert all(p.grad.isfinite().all() for p in model.parameters())
@@ -335,7 +342,7 @@ def test_layers_below_a_zero_initialised_head_are_dead_at_first():
 @pytest.mark.parametrize("kind", ["both_factors", "pi", "exact"])
 def test_singular_and_ill_conditioned_factors(kind, dtype):
     model = net().to(dtype)
-    kfac = KFAC(model, every_step(damping=1e-9, damping_kind=kind))
+    kfac = Preconditioner(model, every_step(damping=1e-9, damping_kind=kind))
     x = torch.randn(7, 2, 4, dtype=dtype)
     x[..., 1] = x[..., 0]  # singular
     x[..., 2] *= 1e6  # condition number 1e12
@@ -346,7 +353,7 @@ def test_singular_and_ill_conditioned_factors(kind, dtype):
 
 def test_a_failed_inversion_keeps_the_previous_inverse(monkeypatch):
     model, (x, y) = net(), batch()
-    kfac = KFAC(model, every_step())
+    kfac = Preconditioner(model, every_step())
     train_step(model, kfac, x, y)
     before = {n: dict(i) for n, i in kfac.state_dict()["inverses"].items()}
     monkeypatch.setattr("submission.kfac.renewal.invert_all", lambda *args, **kwargs: {})
@@ -359,7 +366,7 @@ def test_a_failed_inversion_keeps_the_previous_inverse(monkeypatch):
 
 def test_too_many_failures_in_a_row_end_training_with_one_message():
     model = net()
-    kfac = KFAC(model, every_step(max_failures=3))
+    kfac = Preconditioner(model, every_step(max_failures=3))
     bad, y = torch.full((7, 2, 4), float("nan")), torch.zeros(7, dtype=int)
     for _ in range(2):
         train_step(model, kfac, bad, y)
@@ -387,7 +394,7 @@ def test_bad_settings_are_refused_with_what_is_allowed(options, message):
 
 def test_the_report_names_every_parameter_and_its_preconditioner():
     model, (x, y) = net(), batch()
-    kfac = KFAC(model, every_step(kfac_approx="reduce"))
+    kfac = Preconditioner(model, every_step(kfac_approx="reduce"))
     train_step(model, kfac, x, y)
     rows = {row.name: row for row in kfac.report()}
     assert rows["0"].sides == "5 x 6"

@@ -5,7 +5,8 @@ import torch
 from nets import Mean
 from torch import nn
 
-from submission.kfac import KFAC, KFACConfig, Positions, Segments, curvature, kronecker_factors
+from submission.kfac import KFAC as Preconditioner
+from submission.kfac import KFACConfig, Positions, Segments, curvature, kronecker_factors
 from submission.kfac.graph import GraphError
 from submission.kfac.likelihoods import Bernoulli, Categorical, Gaussian
 from submission.kfac.sharing import SharingError, without_padding, zero_padding
@@ -169,7 +170,7 @@ class Branches(nn.Module):
 @pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
 def test_a_pass_without_a_layer_leaves_its_average_alone(kfac_approx, decay):
     model, x = Branches(), torch.randn(6, 4)
-    kfac = KFAC(model, config(kfac_approx=kfac_approx, factor_decay=decay))
+    kfac = Preconditioner(model, config(kfac_approx=kfac_approx, factor_decay=decay))
     step(model, kfac, x, "gaussian")
     before = kfac.curvature()
     model.use = "a"
@@ -187,18 +188,18 @@ def test_a_pass_without_a_layer_leaves_its_average_alone(kfac_approx, decay):
 def test_a_layer_missing_in_the_first_pass_becomes_one_when_it_is_called(caplog):
     model, x = Branches(), torch.randn(6, 4)
     model.use = "a"
-    kfac = KFAC(model, config())
+    kfac = Preconditioner(model, config())
     step(model, kfac, x, "gaussian")
     assert "b, norm" in caplog.text
     assert {"b.weight", "b.bias", "norm.weight"} <= {row.name for row in kfac.report()}
-    resumed = KFAC(model, config())
+    resumed = Preconditioner(model, config())
     resumed.load_state_dict(kfac.state_dict())
     model.use = "ab"
     for _ in range(2):  # seen in the first, with factors from the second on
         for each in (kfac, resumed):
             step(model, each, x, "gaussian")
     assert {row.name for row in kfac.report()} == {"a", "b", "norm", "scale"}
-    fresh = KFAC(model, config())
+    fresh = Preconditioner(model, config())
     step(model, fresh, x, "gaussian")
     for each in (kfac, resumed):
         for name in ("b", "norm"):
@@ -209,7 +210,9 @@ def test_a_layer_missing_in_the_first_pass_becomes_one_when_it_is_called(caplog)
 
 def test_freezing_and_unfreezing_is_followed():
     model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(6, 4)
-    kfac = KFAC(model, config(factor_update_steps=50, inverse_update_steps=50, early_updates=False))
+    kfac = Preconditioner(
+        model, config(factor_update_steps=50, inverse_update_steps=50, early_updates=False)
+    )
     step(model, kfac, x)
     model[0].requires_grad_(False)
     assert kfac.factors_due
@@ -219,7 +222,7 @@ def test_freezing_and_unfreezing_is_followed():
     model[0].requires_grad_(True)
     step(model, kfac, x)
     assert kfac.curvature().keys() == {"0", "2"}
-    fresh = KFAC(model, config())
+    fresh = Preconditioner(model, config())
     expected = {}
     for each in (fresh, kfac):
         if each is kfac:
@@ -231,7 +234,7 @@ def test_freezing_and_unfreezing_is_followed():
 
 def test_a_missing_gradient_of_the_bias_does_not_stop_the_weight():
     model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(6, 4)
-    kfac = KFAC(model, config())
+    kfac = Preconditioner(model, config())
     with kfac.record():
         logits = model(x)
     kfac.update(logits, "categorical")
@@ -245,13 +248,13 @@ def test_a_missing_gradient_of_the_bias_does_not_stop_the_weight():
 
 def test_excluded_layers_are_not_layers():
     model, x = nn.Sequential(nn.Linear(4, 5), nn.Sequential(nn.Linear(5, 3))), torch.randn(6, 4)
-    kfac = KFAC(model, config(exclude=("1",)))
+    kfac = Preconditioner(model, config(exclude=("1",)))
     step(model, kfac, x)
     assert {row.name: row.reason for row in kfac.report()} == {
         "0": "", "1.0.weight": "excluded", "1.0.bias": "excluded",
     }  # fmt: skip
     with pytest.raises(ValueError, match=r"exclude names '2'.*no module"):
-        KFAC(model, config(exclude=("2",)))
+        Preconditioner(model, config(exclude=("2",)))
     with pytest.raises(ValueError, match="tuple of names"):
         config(exclude="1")
 
@@ -260,7 +263,7 @@ def test_a_compiled_model_is_recorded_uncompiled():
     inner, x = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), torch.randn(6, 4)
     compiled = torch.compile(inner, backend="eager")
     compiled(x)
-    kfac = KFAC(compiled, config())
+    kfac = Preconditioner(compiled, config())
     if hasattr(torch.compiler, "set_stance"):
         step(compiled, kfac, x)
         assert kfac.curvature().keys() == {"0", "2"}
@@ -278,7 +281,7 @@ def net():
 
 def test_logits_of_another_pass_are_refused():
     model, x = net(), torch.randn(6, 4)
-    kfac = KFAC(model, config())
+    kfac = Preconditioner(model, config())
     with kfac.record():
         old = model(x)
     with kfac.record():
@@ -289,7 +292,7 @@ def test_logits_of_another_pass_are_refused():
 
 def test_logits_without_a_graph_are_refused():
     model, x = net(), torch.randn(6, 4)
-    kfac = KFAC(model, config())
+    kfac = Preconditioner(model, config())
     with kfac.record():
         logits = model(x)
     with pytest.raises(RuntimeError, match="no graph"):
@@ -299,7 +302,7 @@ def test_logits_without_a_graph_are_refused():
 
 def test_update_after_the_backward_pass_is_refused():
     model, x = net(), torch.randn(6, 4)
-    kfac = KFAC(model, config())
+    kfac = Preconditioner(model, config())
     with kfac.record():
         logits = model(x)
     logits.sum().backward()
@@ -309,7 +312,7 @@ def test_update_after_the_backward_pass_is_refused():
 
 def test_a_wrong_likelihood_leaves_the_recording():
     model, x = net(), torch.randn(6, 4)
-    kfac = KFAC(model, config())
+    kfac = Preconditioner(model, config())
     with kfac.record():
         logits = model(x)
     with pytest.raises(ValueError, match="likelihood must be one of"):
@@ -324,7 +327,7 @@ def test_names_in_a_sharing_rule_are_checked():
         kronecker_factors(
             model, x, likelihood="gaussian", kfac_approx="expand", sharing={"O": rows}
         )
-    kfac = KFAC(model, config())
+    kfac = Preconditioner(model, config())
     with pytest.raises(SharingError, match=r"'3\.linear'"), kfac.record({"3.linear": rows}):
         pass
 
@@ -383,7 +386,7 @@ def test_negative_weights_are_refused():
 
 def test_layers_without_a_shape_are_refused():
     with pytest.raises(ValueError, match="run one forward pass"):
-        KFAC(nn.Sequential(nn.LazyLinear(3)), config())
+        Preconditioner(nn.Sequential(nn.LazyLinear(3)), config())
 
 
 def test_layers_without_entries_and_complex_ones_are_left_out():
@@ -391,7 +394,7 @@ def test_layers_without_entries_and_complex_ones_are_left_out():
         "none": nn.Linear(3, 0), "complex": nn.Linear(3, 2, dtype=torch.complex128),
         "good": nn.Linear(3, 2),
     })  # fmt: skip
-    reasons = {row.name: row.reason for row in KFAC(model, config()).report()}
+    reasons = {row.name: row.reason for row in Preconditioner(model, config()).report()}
     assert reasons["none.weight"] == "parameters without entries"
     assert reasons["complex.weight"] == "complex parameters"
     assert reasons["good"] == ""
@@ -402,7 +405,7 @@ def test_an_empty_batch_is_dropped(kfac_approx):
     model = nn.Sequential(
         nn.Conv2d(2, 4, 3, groups=2), nn.ConvTranspose2d(4, 2, 2, groups=2), nn.Flatten(2), Mean(),
     )  # fmt: skip
-    kfac = KFAC(model, config(kfac_approx=kfac_approx, fisher_type="mc"))
+    kfac = Preconditioner(model, config(kfac_approx=kfac_approx, fisher_type="mc"))
     step(model, kfac, torch.randn(0, 2, 5, 5), "gaussian")
     assert kfac.failures["statistics"] == 1
     step(model, kfac, torch.randn(3, 2, 5, 5), "gaussian")
@@ -418,7 +421,7 @@ def test_when_memory_runs_out_the_old_factors_stay_and_fewer_rows_are_used(
     kfac_approx, when, monkeypatch, caplog
 ):
     model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(8, 4)
-    kfac = KFAC(model, config(kfac_approx=kfac_approx))
+    kfac = Preconditioner(model, config(kfac_approx=kfac_approx))
     step(model, kfac, x)
     before = kfac.curvature()
     name = f"{kfac_approx.capitalize()}Collector.{when}"
@@ -437,7 +440,7 @@ def test_when_memory_runs_out_the_old_factors_stay_and_fewer_rows_are_used(
     step(model, kfac, x)  # now with the first half of the examples
     ones = torch.cat([x[:4], torch.ones(4, 1)], 1)
     torch.testing.assert_close(kfac.curvature()["0"].input_covariance, ones.T @ ones / 4)
-    half = KFAC(model, config(kfac_approx=kfac_approx))
+    half = Preconditioner(model, config(kfac_approx=kfac_approx))
     step(model, half, x[:4])
     torch.testing.assert_close(
         kfac.curvature()["0"].gradient_covariance, half.curvature()["0"].gradient_covariance
@@ -455,7 +458,7 @@ def test_inputs_may_come_by_any_keyword():
             return self.layer(input=self.norm(x=x))
 
     model = Keywords()
-    kfac = KFAC(model, config())
+    kfac = Preconditioner(model, config())
     step(model, kfac, torch.randn(3, 4))
     assert kfac.curvature().keys() == {"norm", "layer"}
 
@@ -550,7 +553,9 @@ def test_an_input_buffer_may_be_used_again_before_the_factors_are(eigenvalue_cor
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(40, 30, bias=False), nn.Linear(30, 3))
         settings = {"damping_kind": "exact", "eigenvalue_correction": True, "factor_decay": 0.5}
-        kfac = KFAC(model, config(damping=0.1, **(settings if eigenvalue_correction else {})))
+        kfac = Preconditioner(
+            model, config(damping=0.1, **(settings if eigenvalue_correction else {}))
+        )
         buffer = torch.empty(2, 40)
         for _ in range(3):
             given = torch.randn(2, 40)
@@ -577,7 +582,7 @@ def test_a_layer_may_be_called_in_a_later_micro_batch_first(kfac_approx):
             return self.outer(self.inner(x) if self.used else x)
 
     model = Sometimes()
-    kfac = KFAC(model, config(kfac_approx=kfac_approx, factor_decay=0.5))
+    kfac = Preconditioner(model, config(kfac_approx=kfac_approx, factor_decay=0.5))
     step(model, kfac, torch.randn(6, 4))
     for used in (False, True):
         model.used = used
@@ -592,7 +597,7 @@ def test_a_layer_may_be_called_in_a_later_micro_batch_first(kfac_approx):
 def test_parameters_that_were_frozen_have_an_inverse_again_at_once():
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     seldom = {"factor_update_steps": 10, "inverse_update_steps": 10, "early_updates": False}
-    kfac = KFAC(model, config(damping_kind="exact", factor_decay=0.5, **seldom))
+    kfac = Preconditioner(model, config(damping_kind="exact", factor_decay=0.5, **seldom))
     for trains in (True, False, True):
         model[0].requires_grad_(trains)
         step(model, kfac, torch.randn(6, 4))
@@ -633,7 +638,7 @@ def test_recordings_that_are_not_used_are_let_go_of():
 
     model, before = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), alive()
     for approx in ("expand", "auto"):
-        kfac = KFAC(model, config(kfac_approx=approx))
+        kfac = Preconditioner(model, config(kfac_approx=approx))
         for _ in range(3):
             with kfac.record():
                 model(torch.randn(6, 4))
@@ -656,7 +661,7 @@ def test_the_graph_keeps_nothing_that_was_collected(kfac_approx):
     model = nn.Sequential(
         nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 3)
     )
-    kfac = KFAC(model, config(kfac_approx=kfac_approx, fisher_type="mc"))
+    kfac = Preconditioner(model, config(kfac_approx=kfac_approx, fisher_type="mc"))
     with kfac.record():
         logits = model(torch.randn(6, 4))
     kfac.update(logits, "categorical")

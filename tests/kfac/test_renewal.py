@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from submission.kfac import KFAC, KFACConfig, renewal
+from submission.kfac import KFAC as Preconditioner
+from submission.kfac import KFACConfig, renewal
 
 
 def net():
@@ -24,7 +25,7 @@ class Training:
             "factor_decay": 0.9,
             "damping": 0.1,
         }
-        self.model, self.kfac = model, KFAC(model, KFACConfig(**{**settings, **options}))
+        self.model, self.kfac = model, Preconditioner(model, KFACConfig(**{**settings, **options}))
 
     def step(self, x, y, learning_rate=0.1):
         self.model.zero_grad()

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from ggn import layer_ggn, relative_error
 from torch import nn
 
-from submission.kfac import KFAC, KFACConfig, curvature, kronecker_factors
+from submission.kfac import KFAC as Preconditioner
+from submission.kfac import KFACConfig, curvature, kronecker_factors
 from submission.kfac.tied import combine
 
 
@@ -68,7 +69,9 @@ def test_one_use_alone_is_left_as_it_is():
 
 def test_tied_models_train_and_report():
     model = Language()
-    kfac = KFAC(model, KFACConfig(factor_update_steps=1, inverse_update_steps=1, damping=0.1))
+    kfac = Preconditioner(
+        model, KFACConfig(factor_update_steps=1, inverse_update_steps=1, damping=0.1)
+    )
     x, y = torch.randint(7, (5, 3)), torch.randint(7, (5, 3))
     before = None
     for _ in range(20):
@@ -119,7 +122,7 @@ def test_modules_with_the_same_parameters_are_one_layer_with_more_calls():
 
 def test_partly_shared_parameters_fall_back_to_the_diagonal_and_say_so():
     model = Siamese(share_bias=False)
-    kfac = KFAC(copy.deepcopy(model))
+    kfac = Preconditioner(copy.deepcopy(model))
     reasons = {row.name: row.reason for row in kfac.report() if row.reason}
     assert set(reasons) == {"left.weight", "left.bias", "right.bias"}
     assert all("shared with another module" in reason for reason in reasons.values())
@@ -149,7 +152,7 @@ class Convolutions(nn.Module):
 )
 def test_a_weight_that_is_another_matrix_elsewhere_is_no_common_layer(first, second):
     model = Convolutions(first, second, lambda m, x: m.first(x))
-    rows = KFAC(model, KFACConfig()).report()
+    rows = Preconditioner(model, KFACConfig()).report()
     assert [row.preconditioner for row in rows] == ["diagonal"]
     assert "shared with another module" in rows[0].reason
 
@@ -173,7 +176,7 @@ def test_every_call_of_a_shared_layer_has_its_own_output_size(kfac_approx):
 def test_shared_embeddings_are_handled_only_where_one_alone_is(kwargs):
     model = nn.ModuleList([nn.Embedding(5, 3, **kwargs) for _ in range(2)])
     model[1].weight = model[0].weight
-    (row,) = KFAC(model, KFACConfig()).report()
+    (row,) = Preconditioner(model, KFACConfig()).report()
     assert not row.preconditioner.startswith("K-FAC")
     assert row.reason
 
