@@ -1,4 +1,4 @@
-"""KFAC, the stateful object: against dense linear algebra, over steps, and when things go wrong."""
+"""The stateful object: against dense linear algebra, over steps, and when things go wrong."""
 
 import copy
 import io
@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nets import Mean
+from observed import FAILURES, assert_same_tensors, curvature_tensors
 from torch import nn
 
 from submission.kfac import KFAC as Preconditioner
@@ -173,16 +174,16 @@ def test_micro_batches_of_any_size_add_up_to_the_whole_batch(kfac_approx):
 @pytest.mark.parametrize("pieces", [[6], [2, 4], [1, 1, 1, 1, 1, 1]])
 @pytest.mark.parametrize("kind", ["both_factors", "pi"])
 @pytest.mark.parametrize("interval", [1, 50])
-def test_factors_of_few_rows_act_as_the_dense_ones(kind, interval, pieces, monkeypatch):
+def test_factors_of_few_rows_act_as_the_dense_ones(kind, interval, pieces):
+    """Without a moving average they may be kept as rows, with one they may not."""
     model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Conv1d(3, 8, 5, groups=1), Mean())
     x, y = torch.randn(6, 3, 20), torch.randint(3, (6,))
-    config = KFACConfig(
-        kfac_approx="reduce", damping=0.01, damping_kind=kind, fisher_type="type-2",
-        factor_update_steps=interval, inverse_update_steps=interval,
-    )  # fmt: skip
-    results = {}
-    for few in (True, False):
-        monkeypatch.setattr("submission.kfac.recorder.keeps_rows", lambda config, few=few: few)
+    results = []
+    for decay in (0.0, 0.9):
+        config = KFACConfig(
+            kfac_approx="reduce", damping=0.01, damping_kind=kind, fisher_type="type-2",
+            factor_update_steps=interval, inverse_update_steps=interval, factor_decay=decay,
+        )  # fmt: skip
         kfac = Preconditioner(model, config)
         model.zero_grad()
         for xs, ys in zip(x.split(pieces), y.split(pieces), strict=True):
@@ -190,37 +191,51 @@ def test_factors_of_few_rows_act_as_the_dense_ones(kind, interval, pieces, monke
                 logits = model(xs)
             kfac.update(logits, "categorical")
             F.cross_entropy(logits, ys, reduction="sum").backward()
+        plain = {name: p.grad.clone() for name, p in model.named_parameters()}
         kfac.precondition()
-        kept = {key for sums in kfac.state_dict()["averages"].values() for key in sums}
-        assert ("A_rows" in kept) == few
-        results[few] = [p.grad.clone() for p in model.parameters()]
-    for a, b in zip(results[True], results[False], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+        results.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        dense = dense_damped(kfac.curvature()["0"], kind, 0.01)
+        expected = torch.linalg.solve(dense, joint(plain, "0").flatten())
+        torch.testing.assert_close(joint(results[-1], "0").flatten(), expected)
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(gradient, results[1][name], rtol=1e-9, atol=1e-12)
 
 
 def test_factors_and_inverses_have_their_own_intervals():
     model = net()
     kfac = Preconditioner(
-        model, KFACConfig(factor_update_steps=2, inverse_update_steps=4, early_updates=False)
-    )
-    factors, inverses = [], []
-    for _ in range(8):
-        train_step(model, kfac, *batch())
-        factors.append(kfac.curvature()["0"].input_covariance.clone())
-        inverses.append(next(iter(kfac.state_dict()["inverses"]["0"].values())).clone())
-    changed = lambda values: [  # noqa: E731
-        t for t in range(1, 8) if not torch.equal(values[t], values[t - 1])
-    ]
-    assert changed(factors) == [2, 4, 6]
-    assert changed(inverses) == [4]
+        model,
+        KFACConfig(
+            factor_update_steps=2, inverse_update_steps=4, early_updates=False,
+            damping_kind="both_factors", damping=0.1,
+        ),
+    )  # fmt: skip
+    blocks = []
+    for step in range(8):
+        plain = joint(train_step(model, kfac, *batch()), "0").flatten()
+        blocks.append(kfac.curvature()["0"])
+        got = joint({name: p.grad for name, p in model.named_parameters()}, "0").flatten()
+
+        def solved(block, plain=plain):
+            return torch.linalg.solve(dense_damped(block, "both_factors", 0.1), plain)
+
+        torch.testing.assert_close(got, solved(blocks[step - step % 4]))
+        if step % 4 > 1:
+            assert (got - solved(blocks[step])).norm() > 1e-3 * got.norm()
+    factors = [block.input_covariance for block in blocks]
+    changed = [t for t in range(1, 8) if not torch.equal(factors[t], factors[t - 1])]
+    assert changed == [2, 4, 6]
 
 
 def test_the_first_interval_is_updated_at_powers_of_two():
-    kfac = Preconditioner(net(), KFACConfig(factor_update_steps=10, inverse_update_steps=10))
+    model = net()
+    kfac = Preconditioner(model, KFACConfig(factor_update_steps=10, inverse_update_steps=10))
     due = []
     for step in range(25):
-        kfac._state.step = step
+        assert kfac.step == step
+        assert kfac.inverses_due == kfac.factors_due
         due += [step] if kfac.factors_due else []
+        train_step(model, kfac, *batch())
     assert due == [0, 1, 2, 4, 8, 10, 20]
 
 
@@ -285,24 +300,12 @@ def test_states_of_other_models_and_settings_are_refused():
 # ---- faults -----------------------------------------------------------------------------------
 
 
-def averages(kfac):
-    return {
-        n: {k: v.clone() for k, v in s.items()} for n, s in kfac.state_dict()["averages"].items()
-    }
-
-
-def assert_kept(kfac, before):
-    for name, sums in averages(kfac).items():
-        for key, value in sums.items():
-            assert torch.equal(value, before[name][key])
-
-
 @pytest.mark.parametrize("fault", ["nan", "inf", "no valid label"])
 def test_a_bad_batch_does_not_enter_the_averages(fault, caplog):
     model, (x, y) = net(), batch()
     kfac = Preconditioner(model, every_step(factor_decay=0.9))
     train_step(model, kfac, x, y)
-    before, mask = averages(kfac), None
+    before, mask = curvature_tensors(kfac), None
     bad = x.clone()
     if fault == "no valid label":
         mask = torch.zeros(7, dtype=torch.bool)
@@ -310,7 +313,7 @@ def test_a_bad_batch_does_not_enter_the_averages(fault, caplog):
         bad[0, 0, 0] = float(fault)
     with caplog.at_level(logging.WARNING):
         train_step(model, kfac, bad, y, mask)
-    assert_kept(kfac, before)
+    assert_same_tensors(curvature_tensors(kfac), before)
     assert kfac.failures["statistics"] == 1
     assert "previous ones stay in use" in caplog.text
     train_step(model, kfac, x, y)
@@ -351,17 +354,24 @@ def test_singular_and_ill_conditioned_factors(kind, dtype):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_a_failed_inversion_keeps_the_previous_inverse(monkeypatch):
+@pytest.mark.parametrize("how", list(FAILURES))
+def test_a_failed_inversion_keeps_the_previous_inverse(how, monkeypatch):
     model, (x, y) = net(), batch()
-    kfac = Preconditioner(model, every_step())
+    kfac = Preconditioner(model, every_step(damping=0.1))
     train_step(model, kfac, x, y)
-    before = {n: dict(i) for n, i in kfac.state_dict()["inverses"].items()}
-    monkeypatch.setattr("submission.kfac.renewal.invert_all", lambda *args, **kwargs: {})
-    train_step(model, kfac, x, y)
+    before = kfac.curvature()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "cholesky_ex", FAILURES[how])
+        plain = train_step(model, kfac, x, y)
     assert kfac.failures["inverse"] == 1  # one event, of all layers
-    assert kfac.state_dict()["inverses"].keys() == before.keys()
-    for name, inverse in kfac.state_dict()["inverses"].items():
-        assert all(torch.equal(value, before[name][key]) for key, value in inverse.items())
+    after = {name: p.grad for name, p in model.named_parameters()}
+    for layer in ("0", "2", "5"):
+        assert not torch.equal(
+            kfac.curvature()[layer].gradient_covariance, before[layer].gradient_covariance
+        )
+        dense = dense_damped(before[layer], "pi", 0.1)
+        expected = torch.linalg.solve(dense, joint(plain, layer).flatten())
+        torch.testing.assert_close(joint(after, layer).flatten(), expected)
 
 
 def test_too_many_failures_in_a_row_end_training_with_one_message():
