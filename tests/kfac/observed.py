@@ -74,20 +74,28 @@ def joint_order(weight: Tensor, bias: Tensor | None) -> Tensor:
     return index.flatten()
 
 
-class Passes:
-    """Counts backward passes through logits."""
+class FisherPasses:
+    """Counts backward passes through the logits given to `update`, less one for each: its loss's.
 
-    def __init__(self) -> None:
-        self.made = 0
+    To be asked when the losses' passes are over.
+    """
 
-    def watch(self, logits: Tensor) -> None:
-        """Counts those that start at (or behind) these logits."""
-        assert logits.grad_fn is not None
+    def __init__(self, patch: Any, preconditioner: type) -> None:
+        self._made = self._updates = 0
+        update = preconditioner.update
 
-        def count(gradients: tuple[Tensor, ...]) -> None:
-            self.made += 1
+        def watched(kfac: Any, logits: Tensor, *args: Any, **options: Any) -> None:
+            self._updates += 1
+            logits.grad_fn.register_prehook(self._count)
+            update(kfac, logits, *args, **options)
 
-        logits.grad_fn.register_prehook(count)
+        patch.setattr(preconditioner, "update", watched)
+
+    def _count(self, gradients: tuple[Tensor, ...]) -> None:
+        self._made += 1
+
+    def __len__(self) -> int:
+        return self._made - self._updates
 
 
 def out_of_memory(*args: Any, **options: Any) -> Any:
@@ -107,17 +115,18 @@ FAILURES: dict[str, Callable[..., Any]] = {
 
 
 class NoMemoryFor(TorchDispatchMode):
-    """Inside, an operation whose result ends in these sizes runs out of memory."""
+    """Inside, the first operation whose result ends in these sizes runs out of memory."""
 
     def __init__(self, *sizes: int) -> None:
         super().__init__()
         self.sizes = sizes
-        self.refused = 0
+        self.refused = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for value in result if isinstance(result, list | tuple) else [result]:
-            if isinstance(value, Tensor) and value.shape[-len(self.sizes) :] == self.sizes:
-                self.refused += 1
+            fits = isinstance(value, Tensor) and value.shape[-len(self.sizes) :] == self.sizes
+            if fits and not self.refused:
+                self.refused = True
                 raise torch.OutOfMemoryError("no memory left")
         return result

@@ -252,6 +252,42 @@ def test_a_new_damping_renews_the_inverses():
     torch.testing.assert_close(model[2].weight.grad.flatten(), expected)
 
 
+def test_after_an_error_inverses_are_made_again(monkeypatch):
+    model, (x, y) = net(), batch()
+    kfac = Preconditioner(
+        model, KFACConfig(damping=0.1, early_updates=False, damping_kind="both_factors")
+    )
+    train_step(model, kfac, x, y)
+    kfac.damping = 10.0
+
+    def wrong(*args, **options):
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "cholesky_ex", wrong)
+        with pytest.raises(ZeroDivisionError):
+            train_step(model, kfac, x, y)
+    plain = train_step(model, kfac, x, y)
+    dense = dense_damped(kfac.curvature()["2"], "both_factors", 10.0)
+    expected = torch.linalg.solve(dense, plain["2.weight"].flatten())
+    torch.testing.assert_close(model[2].weight.grad.flatten(), expected)
+
+
+def test_labels_are_sampled_as_in_the_run_that_was_saved():
+    """Whatever seed the new run was given."""
+    model, (x, y) = net(), batch()
+    saved = Preconditioner(model, every_step(seed=5))
+    train_step(model, saved, x, y)
+    loaded, other = (Preconditioner(model, every_step(seed=seed)) for seed in (0, 0))
+    loaded.load_state_dict(copy.deepcopy(saved.state_dict()))
+    assert loaded.config.seed == 5
+    for kfac in (other, saved, loaded):
+        train_step(model, kfac, x, y)
+    assert_same_tensors(curvature_tensors(loaded), curvature_tensors(saved))
+    sampled = "0.gradient_covariance"
+    assert not torch.equal(curvature_tensors(loaded)[sampled], curvature_tensors(other)[sampled])
+
+
 @pytest.mark.parametrize("kind", ["pi", "exact"])
 @pytest.mark.parametrize("stop_after", [1, 3, 6])
 def test_a_resumed_run_is_bit_for_bit_the_same(stop_after, kind):
