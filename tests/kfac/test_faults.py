@@ -1,6 +1,5 @@
 """Numerical faults, met through the public API in the middle of training: it goes on."""
 
-import copy
 import gc
 import logging
 
@@ -8,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nets import Mean, Pool
+from observed import FAILURES, assert_same_tensors, curvature_tensors, live_tensors, state_tensors
 from torch import nn
 
 from submission.kfac import KFAC as Preconditioner
-from submission.kfac import KFACConfig, KFACError, Segments, old_inverses
+from submission.kfac import KFACConfig, KFACError, Segments
 
 
 def net(dtype=torch.float64):
@@ -60,13 +60,8 @@ class Training:
     def values(self):
         return [p.detach().clone() for p in self.model.parameters()]
 
-    def tensors(self):
-        state = self.kfac.state_dict()
-        groups = [*state["averages"].values(), *state["inverses"].values()]
-        return [t for group in groups for t in group.values() if isinstance(t, torch.Tensor)]
-
     def assert_sound(self):
-        for tensor in [*self.values(), *self.tensors()]:
+        for tensor in [*self.values(), *state_tensors(self.kfac)]:
             assert tensor.isfinite().all()
 
 
@@ -131,14 +126,11 @@ def test_a_batch_of_nothing_but_padding_graphs_enters_nothing(kfac_approx):
 
     some = torch.tensor([True, True, False])
     step(some, some[:, None].expand(3, 2))
-    before = {n: dict(s) for n, s in kfac.state_dict()["averages"].items()}
-    before = {n: {k: v.clone() for k, v in s.items()} for n, s in before.items()}
+    before = curvature_tensors(kfac)
     none = torch.zeros(3, dtype=torch.bool)
     step(none, none[:, None].expand(3, 2))
     assert kfac.failures["statistics"] == 1
-    for name, sums in kfac.state_dict()["averages"].items():
-        for key, value in sums.items():
-            assert torch.equal(value, before[name][key])
+    assert_same_tensors(curvature_tensors(kfac), before)
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -170,7 +162,7 @@ def test_degenerate_factors(form, kind, dtype):
         else:
             x[..., 0] *= 1e6
         training.step(x, y)
-        assert all(tensor.isfinite().all() for tensor in training.tensors())
+        assert all(tensor.isfinite().all() for tensor in state_tensors(training.kfac))
         gradients = [p.grad for p in training.model.parameters()]
         assert all(gradient.isfinite().all() for gradient in gradients)
     assert training.kfac.failures["inverse"] == 0
@@ -187,7 +179,7 @@ def test_training_under_autocast(autocast):
     losses = [float(training.step(x, y)) for _ in range(40)]
     training.assert_sound()
     assert losses[-1] < 0.95 * losses[0]
-    assert all(tensor.dtype != autocast for tensor in training.tensors())
+    assert all(tensor.dtype != autocast for tensor in state_tensors(training.kfac))
     assert training.kfac.failures == dict.fromkeys(training.kfac.failures, 0)
 
 
@@ -244,17 +236,11 @@ def test_an_overflow_in_the_forward_pass_drops_its_statistics():
 # ---- memory, compiled modules ------------------------------------------------------------------
 
 
-def live_tensors():
-    gc.collect()
-    found = [o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter)]
-    return len(found), sum(t.numel() for t in found)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("decay", [0.0, 0.9])
 def test_memory_is_flat_over_2000_steps(decay, monkeypatch):
     # pytest keeps every record that is logged.
-    monkeypatch.setattr(logging.getLogger("submission.kfac.preconditioner"), "disabled", True)
+    monkeypatch.setattr(logging.root.manager, "disable", logging.WARNING)
     training = Training(net(), config(factor_decay=decay))
     for _ in range(20):
         training.step(*batch())
@@ -301,10 +287,11 @@ def test_a_compiled_model_trains_like_the_plain_one_and_compiles_once():
 # ---- failures in a row, and blocks of rank one ---------------------------------------------------
 
 
-def test_inversions_that_keep_failing_end_training(monkeypatch):
+@pytest.mark.parametrize("how", list(FAILURES))
+def test_inversions_that_keep_failing_end_training(how, monkeypatch):
     training = Training(net(), config(max_failures=3))
     training.step(*batch())
-    monkeypatch.setattr("submission.kfac.renewal.invert_all", lambda *args, **kwargs: {})
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", FAILURES[how])
     training.step(*batch())
     training.step(*batch())
     with pytest.raises(KFACError, match="3 K-FAC updates in a row failed"):
@@ -355,74 +342,34 @@ def test_a_damping_that_float32_cannot_divide_by_is_refused(damping):
     assert kfac.damping == KFACConfig().damping
 
 
-@pytest.mark.parametrize("smallest_side", [1, 512])  # from which on old inverses are packed
-def test_memory_that_runs_out_in_an_inversion_keeps_the_old_inverse(smallest_side, monkeypatch):
-    monkeypatch.setattr(old_inverses, "SMALLEST_SIDE", smallest_side)
-    training = Training(net())
-    training.step(*batch())
-
-    def out(*args, **options):
-        raise torch.OutOfMemoryError("no memory left")
-
-    monkeypatch.setattr(torch.linalg, "cholesky_ex", out)
-    before = {n: dict(i) for n, i in training.kfac.state_dict()["inverses"].items() if n == "0"}
-    training.step(*batch())
-    assert training.kfac.failures["inverse"] == 1
-    after = training.kfac._state.inverses["0"]
-    assert before["0"].keys() == after.keys() != set()
-    assert all(torch.equal(value, before["0"][key]) for key, value in after.items())
-
-
-@pytest.mark.parametrize("every", [2, 20])  # by products with the inverse from some number on
-@pytest.mark.parametrize("damping_kind", ["both_factors", "exact"])
-def test_old_inverses_are_packed_in_the_steps_that_renew_them(damping_kind, every, monkeypatch):
-    """Whatever comes between record and precondition, they are there when they are needed."""
-    monkeypatch.setattr(old_inverses, "SMALLEST_SIDE", 1)
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-    settings = config(
-        inverse_update_steps=every, early_updates=False, kfac_approx="expand",
-        damping_kind=damping_kind,
-    )  # fmt: skip
+@pytest.mark.parametrize("every", [2, 2000])  # the inverse meets few vectors, or many
+@pytest.mark.parametrize("fault", ["forward pass", "no update"])
+def test_inverses_outlive_a_recording_that_comes_to_nothing(fault, every):
+    """Also those of large sides, in a step that is due to renew them."""
+    model = nn.Linear(600, 3)
+    settings = config(inverse_update_steps=every, damping_kind="both_factors", early_updates=True)
     kfac = Preconditioner(model, settings)
 
-    def held():
-        return {(n, key) for n, inverse in kfac._state.inverses.items() for key in inverse}
-
-    def step(update=True):
+    def forward():
         with kfac.record():
-            logits = model(torch.randn(60, 4))
-        during = held()
-        if update:
-            kfac.update(logits, "categorical")
-        logits.square().mean().backward()
-        kfac.precondition()
-        return during
+            return model(torch.randn(5, 600))
 
-    step()
-    everything = held()
-    assert everything
-    assert step() == everything  # renews nothing
-    packed = {(name, key) for name, key in everything if key.endswith((".inverse", ".cholesky"))}
-    assert bool(packed) == (damping_kind == "both_factors")
-    before = copy.deepcopy(kfac.state_dict()["inverses"])
-    kfac._state.averages.clear()  # so that nothing can be renewed
-    kfac._state.step = every
-    assert step(update=False) == everything - packed
-    assert_equal(kfac.state_dict()["inverses"], before)
-    kfac._state.step = every
-    with pytest.raises(ZeroDivisionError), kfac.record():
-        model(torch.randn(60, 4)).sum() / (1 // 0)
-    assert held() == everything - packed
-    assert_equal(kfac.state_dict()["inverses"], before)
-    step()
-    assert held() == everything
-    with pytest.raises(AssertionError):
-        assert_equal(kfac.state_dict()["inverses"], before)
-
-
-def assert_equal(inverses, others):
-    assert inverses.keys() == others.keys()
-    for name, inverse in inverses.items():
-        assert inverse.keys() == others[name].keys()
-        for key, value in inverse.items():
-            assert torch.equal(value, others[name][key])
+    logits = forward()
+    kfac.update(logits, "categorical")
+    logits.square().mean().backward()
+    kfac.precondition()
+    before = curvature_tensors(kfac)
+    assert kfac.inverses_due  # an early update
+    if fault == "forward pass":
+        with pytest.raises(ZeroDivisionError), kfac.record():
+            model(torch.randn(5, 600)).sum() / (1 // 0)
+    model.zero_grad()
+    forward().square().mean().backward()
+    plain = torch.cat([model.weight.grad, model.bias.grad[:, None]], 1)
+    kfac.precondition()
+    assert_same_tensors(curvature_tensors(kfac), before)
+    a, b = (before[f".{side}_covariance"] for side in ("input", "gradient"))
+    a, b = (factor + 0.1 * torch.eye(len(factor)) for factor in (a, b))
+    expected = torch.linalg.solve(a, torch.linalg.solve(b, plain).T).T
+    torch.testing.assert_close(model.weight.grad, expected[:, :-1])
+    torch.testing.assert_close(model.bias.grad, expected[:, -1])
