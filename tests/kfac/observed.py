@@ -49,29 +49,22 @@ def live_tensors() -> tuple[int, int]:
     return len(found), sum(t.numel() for t in found)
 
 
-def preconditioner_matrix(kfac: Any, parameters: list[Tensor]) -> Tensor:
-    """The matrix that `precondition` multiplies the gradient of these parameters by.
+def preconditioner_matrix(model: nn.Module, kfac: Any, layer: str) -> Tensor:
+    """The matrix that `precondition` multiplies the gradient of a layer by.
 
-    Gradients are flattened and joined. Takes a step for each entry; none may be due to update.
+    Of its parameters, flattened and joined. Takes a step for each entry; none may be due to update.
     """
+    parameters = list(model.get_submodule(layer).parameters())
     sizes = [parameter.numel() for parameter in parameters]
     columns = []
     for unit in torch.eye(sum(sizes)):
         assert not kfac.factors_due
+        model.zero_grad()
         for parameter, piece in zip(parameters, unit.split(sizes), strict=True):
             parameter.grad = piece.reshape(parameter.shape).clone()
         kfac.precondition()
         columns.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))
     return torch.stack(columns, 1)
-
-
-def joint_order(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Index that sorts flattened (weight, bias) as the matrix [P_out, P_in (+1)], flattened."""
-    index = torch.arange(weight.numel()).reshape(len(weight), -1)
-    if bias is not None:
-        ones = weight.numel() + torch.arange(bias.numel())
-        index = torch.cat([index, ones[:, None]], 1)
-    return index.flatten()
 
 
 class FisherPasses:
