@@ -7,7 +7,8 @@ import torch
 from nets import Mean
 from torch import nn
 
-from submission.kfac import KFAC, KFACConfig, curvature, kronecker_factors
+from submission.kfac import KFAC as Preconditioner
+from submission.kfac import KFACConfig, curvature, kronecker_factors
 
 
 def net(inplace=False):
@@ -59,7 +60,7 @@ def test_the_gradient_is_the_same_with_and_without_recording():
     model, x = net(inplace=True), torch.randn(7, 4)
     reference = copy.deepcopy(model)
     reference(x).square().mean().backward()
-    kfac = KFAC(model, KFACConfig(factor_update_steps=1, inverse_update_steps=1))
+    kfac = Preconditioner(model, KFACConfig(factor_update_steps=1, inverse_update_steps=1))
     rng = torch.get_rng_state()
     with kfac.record():
         logits = model(x)
@@ -87,7 +88,7 @@ def test_in_place_activations_give_the_same_factors(kfac_approx, shape):
 
 def test_hooks_are_gone_after_an_error_in_the_forward_pass():
     model = net()
-    kfac = KFAC(model)
+    kfac = Preconditioner(model)
     before = snapshot(model)
     with pytest.raises(RuntimeError, match="mat1 and mat2"), kfac.record():
         model(torch.randn(3, 5))
@@ -98,7 +99,7 @@ def test_hooks_are_gone_after_an_error_in_the_forward_pass():
 
 def test_steps_without_updates_have_no_hooks():
     model = net()
-    kfac = KFAC(model, KFACConfig(factor_update_steps=2, inverse_update_steps=2))
+    kfac = Preconditioner(model, KFACConfig(factor_update_steps=2, inverse_update_steps=2))
     seen = []
     for _ in range(4):
         with kfac.record():
@@ -137,7 +138,9 @@ def test_unused_outputs_and_frozen_layers():
 
 def test_a_thousand_updates_leave_memory_flat():
     model, x = net(inplace=True), torch.randn(7, 4)
-    kfac = KFAC(model, KFACConfig(factor_update_steps=1, inverse_update_steps=1, factor_decay=0.9))
+    kfac = Preconditioner(
+        model, KFACConfig(factor_update_steps=1, inverse_update_steps=1, factor_decay=0.9)
+    )
 
     def step():
         with kfac.record():

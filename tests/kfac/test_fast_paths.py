@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from submission.kfac import KFAC as Preconditioner
 from submission.kfac import (
-    KFAC,
     KFACConfig,
     Positions,
     capture,
@@ -286,7 +286,7 @@ def test_rows_that_stand_for_a_factor_precondition_as_the_factor(
         model = nn.Sequential(nn.Linear(30, 40, bias), nn.Tanh(), nn.Linear(40, 25, bias))
         x, inputs = torch.randn(2, 3, 30), []
         model[0].register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
-        kfac = KFAC(
+        kfac = Preconditioner(
             model,
             KFACConfig(kfac_approx, damping=0.01, damping_kind=damping_kind,
                        factor_update_steps=uses, inverse_update_steps=uses),
@@ -324,7 +324,7 @@ def factors_in(precision, dtype=torch.float32):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 500)).to(dtype)
     x = torch.randn(3000, 20, dtype=dtype)
-    kfac = KFAC(model, KFACConfig(factor_precision=precision, factor_decay=0.5))
+    kfac = Preconditioner(model, KFACConfig(factor_precision=precision, factor_decay=0.5))
     with kfac.record():
         logits = model(x)
     kfac.update(logits, "categorical")
@@ -454,7 +454,9 @@ def test_only_inputs_that_the_graph_keeps_as_they_are_stand_for_their_factor(how
     conv = nn.Conv1d(4, 4, 3, padding=1, padding_mode=mode).float()
     x = torch.randn(5, 4, 7, dtype=torch.float32)
     x = x.mT.contiguous().mT if how == "strided" else x
-    factors_of = KFAC(conv, KFACConfig(kfac_approx="expand", factor_decay=0.9, damping=0.1))
+    factors_of = Preconditioner(
+        conv, KFACConfig(kfac_approx="expand", factor_decay=0.9, damping=0.1)
+    )
 
     def forward():
         if how == "checkpoint":

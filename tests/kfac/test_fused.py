@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
-from submission.kfac import KFAC, KFACConfig, Positions, curvature
+from submission.kfac import KFAC as Preconditioner
+from submission.kfac import KFACConfig, Positions, curvature
 from submission.kfac.capture import Recording
 from submission.kfac.partition import partition
 
@@ -183,7 +184,7 @@ def test_attention_of_one_token_is_exact_for_value_and_output():
 
 def test_gradients_of_slices_are_written_to_their_rows():
     model, x = Attend(), torch.randn(5, 3, 4)
-    kfac = KFAC(model, KFACConfig(damping=0.1, damping_kind="both_factors"))
+    kfac = Preconditioner(model, KFACConfig(damping=0.1, damping_kind="both_factors"))
     with kfac.record():
         out = model(x)
     kfac.update(out, "gaussian")
@@ -237,7 +238,7 @@ def test_inside_a_checkpoint_a_fused_module_stays_as_it_is(kind, caplog):
     model, plain = Recurring(kind, True), Recurring(kind, False)
     plain.load_state_dict(model.state_dict())
     x = torch.randn(5, 3, 4)
-    kfac = KFAC(model, KFACConfig("reduce", fisher_type="type-2"))
+    kfac = Preconditioner(model, KFACConfig("reduce", fisher_type="type-2"))
     with kfac.record():
         logits = model(x)
     kfac.update(logits, "categorical")
@@ -306,7 +307,7 @@ def test_a_mask_of_positions_reaches_every_time_step():
 def test_the_setting_is_detected_with_fused_modules(logits_of):
     model = Attending(True)
     model.forward = lambda x: model.head(logits_of(model.attention(x, x, x)[0]))
-    kfac = KFAC(model, KFACConfig("auto", fisher_type="type-2"))
+    kfac = Preconditioner(model, KFACConfig("auto", fisher_type="type-2"))
     x = torch.randn(5, 3, 4)
     with kfac.record():
         logits = model(x)
@@ -367,7 +368,7 @@ def test_fused_modules_that_are_not_handled_run_as_they_are(case):
     model, x = Net(), torch.randn(5, 3, 4)
     own_forward = vars(module).get("forward")
     expected = model(x)
-    kfac = KFAC(model, KFACConfig())
+    kfac = Preconditioner(model, KFACConfig())
     with kfac.record():
         logits = model(x)
     torch.testing.assert_close(logits, expected)
@@ -380,7 +381,7 @@ def test_fused_modules_that_are_not_handled_run_as_they_are(case):
 
 def test_modules_that_are_excluded_are_not_unrolled():
     model = Attending(True)
-    kfac = KFAC(model, KFACConfig(exclude=("recurrent",)))
+    kfac = Preconditioner(model, KFACConfig(exclude=("recurrent",)))
     with kfac.record():
         assert "forward" not in vars(model.recurrent)
         assert "forward" in vars(model.attention)
@@ -402,7 +403,9 @@ def test_a_recurrent_layer_that_is_called_later_becomes_a_layer_then():
             return self.head((self.layer(x)[0] if self.used else x).mean(1))
 
     model = Late()
-    kfac = KFAC(model, KFACConfig(factor_update_steps=1, inverse_update_steps=1, factor_decay=0.5))
+    kfac = Preconditioner(
+        model, KFACConfig(factor_update_steps=1, inverse_update_steps=1, factor_decay=0.5)
+    )
     for step in range(5):
         model.used = step >= 2
         model.zero_grad()

@@ -10,7 +10,8 @@ from processes import joined
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from submission.kfac import KFAC, KFACConfig
+from submission.kfac import KFAC as Preconditioner
+from submission.kfac import KFACConfig
 from submission.kfac.distributed import Reduction, all_reduce_sums, assign, broadcast_all
 from submission.kfac.placements import PLACEMENTS
 
@@ -42,7 +43,7 @@ def data(step, rank=None):
 
 
 def train(model, settings, steps, rank=None, before=None, kfac=None):
-    kfac = kfac or KFAC(
+    kfac = kfac or Preconditioner(
         model,
         KFACConfig(**{
             "fisher_type": "type-2", "factor_update_steps": 2, "inverse_update_steps": 4,
@@ -123,7 +124,7 @@ def resumed(rank):
         kfac = train(model, settings, range(5), rank)
         saved = [kfac.state_dict()] if rank == 0 else [None]
         dist.broadcast_object_list(saved, src=0)
-        again = KFAC(model, kfac.config)
+        again = Preconditioner(model, kfac.config)
         again.load_state_dict(saved[0])
         train(model, settings, range(5, 8), rank, kfac=again)
         found[placement] = {"parameters": model.module.state_dict(), "state": saved[0]}
@@ -140,7 +141,7 @@ def test_a_checkpoint_of_rank_0_serves_all_ranks_and_one_process():
         assert state["inverses_complete"] == (placement != "one_rank")
         alone = Net()
         kfac = train(alone, settings, range(5))
-        again = KFAC(alone, kfac.config)
+        again = Preconditioner(alone, kfac.config)
         again.load_state_dict(state)
         train(alone, settings, range(5, 8), kfac=again)
         everyone = [found[placement]["parameters"] for found in ranks] + [alone.state_dict()]
@@ -252,7 +253,7 @@ def few_layers(rank):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(5, 3))
     settings = {"factor_update_steps": 10, "inverse_update_steps": 10, "early_updates": False}
-    kfac = KFAC(model, KFACConfig(inverse_placement="one_rank", **settings))
+    kfac = Preconditioner(model, KFACConfig(inverse_placement="one_rank", **settings))
     for t in range(4):
         generator = torch.Generator().manual_seed(10 * t + rank)
         with kfac.record():

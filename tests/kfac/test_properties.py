@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from submission.kfac import KFAC as Preconditioner
 from submission.kfac import (
-    KFAC,
     Bernoulli,
     Categorical,
     Gaussian,
@@ -568,7 +568,7 @@ def test_the_reduction_of_the_loss_plays_no_role(
             inverse_update_steps=1,
         )
         copied = copy.deepcopy(model)
-        kfac = KFAC(copied, config)
+        kfac = Preconditioner(copied, config)
         with kfac.record():
             logits = copied(x)
         kfac.update(logits, likelihood, targets=targets)

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from nets import Mean, Pool, Tokens
 from torch import nn
 
+from submission.kfac import KFAC as Preconditioner
 from submission.kfac import (
-    KFAC,
     Bernoulli,
     Categorical,
     Gaussian,
@@ -60,7 +60,7 @@ def run(kfac_approx, state=None, steps=range(4)):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), Mean(), nn.Linear(6, 3))
     config = KFACConfig(kfac_approx, factor_update_steps=2, inverse_update_steps=2)
-    kfac = KFAC(model, config)
+    kfac = Preconditioner(model, config)
     if state is not None:
         model.load_state_dict(state[0])
         kfac.load_state_dict(state[1])
@@ -114,7 +114,7 @@ def test_pooled_graphs_are_in_the_reduce_setting():
 )
 def test_outputs_for_the_rows_of_segments_are_the_expand_setting(sharing):
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    kfac = KFAC(model, KFACConfig("auto", fisher_type="type-2"))
+    kfac = Preconditioner(model, KFACConfig("auto", fisher_type="type-2"))
     with kfac.record(sharing):
         logits = model(torch.randn(5, 3))
     kfac.update(logits, "categorical")
@@ -131,7 +131,7 @@ def test_positions_folded_into_the_outputs_are_the_expand_setting():
             return self.layer(x).flatten(0, 1)
 
     model, x = Folded(), torch.randn(5, 7, 3)
-    kfac = KFAC(model, KFACConfig("auto"))
+    kfac = Preconditioner(model, KFACConfig("auto"))
     with kfac.record():
         logits = model(x)
     kfac.update(logits, "categorical")
@@ -158,7 +158,7 @@ def test_positions_folded_into_examples_are_warned_of(caplog):
     model = Folding()
     for approx, warned in (("expand", False), ("reduce", True)):
         caplog.clear()
-        kfac = KFAC(model, KFACConfig(approx))
+        kfac = Preconditioner(model, KFACConfig(approx))
         with kfac.record():
             logits = model(torch.randn(5, 7, 3))
         kfac.update(logits, "categorical")
