@@ -35,7 +35,7 @@ from submission.kfac import (
     curvature,
 )
 from submission.kfac.layers import ConvKind, EmbeddingKind
-from submission.kfac.partition import Partition, partition, unwrap
+from submission.kfac.discovery import Partition, partition, unwrap
 from submission.kfac.statistics import DiagonalPart, KroneckerPart, Part
 
 OTHER_PARAMETERS = ("diagonal", "zero")

@@ -17,7 +17,7 @@ from typing import Any
 
 from .kfac import KFACConfig
 from .kfac.config import FALLBACKS, FISHER_TYPES, KFAC_APPROXES, SMALLEST_DAMPING
-from .kfac.damping import DAMPING_KINDS
+from .kfac.linalg.damping import DAMPING_KINDS
 from .kfac.factors import PRECISIONS, RAGGED_SCALINGS
 from .optimizers import UPDATE_RULES
 from .schedules import SCHEDULES

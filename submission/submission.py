@@ -37,7 +37,7 @@ from .batch_structure import (
 )
 from .hyperparameters import Hyperparameters
 from .kfac import KFAC, Likelihood
-from .kfac.distributed import world_size
+from .kfac.ranks.collectives import world_size
 from .kfac.functional import kept_buffers
 from .optimizers import UPDATE_RULES
 from .run import Run

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from submission.kfac import KFACConfig
-from submission.kfac.partition import partition
+from submission.kfac.discovery import partition
 from submission.kfac.report import ReportRow, report_rows
 from submission.submission import get_batch_size
 from workloads_overrides.model_record import RECORD, skeleton

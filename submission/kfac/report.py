@@ -60,7 +60,7 @@ def format_report(rows: list[ReportRow]) -> str:
     )
     table = [header] + [
         (
-            r.name,
+            r.name or "(model)",
             r.layer,
             r.sides,
             r.sharing,

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from submission.kfac import KFAC as Preconditioner  # the one place that names the class
+from submission.kfac import Preconditioner  # the one place that names the class
 from submission.kfac import Bernoulli, Categorical, Gaussian, KFACConfig, Likelihood
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -79,7 +79,7 @@ def transformer(pool: bool, batch_first: bool = True) -> Callable[[], nn.Module]
 CASES: dict[str, Case] = {
     "perceptron": Case(models.perceptron, models.vectors, "expand"),
     "perceptron, bias apart": Case(
-        models.perceptron, models.vectors, "expand", {**BOTH, "joint_bias": False}
+        models.perceptron, models.vectors, "expand", {**BOTH, "bias": "separate"}
     ),
     "perceptron, relative exact damping": Case(
         models.perceptron, models.vectors, "reduce", {**EXACT, "relative_damping": True}

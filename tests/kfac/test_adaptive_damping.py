@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from nets import Mean
 from torch import nn
 
-from submission.kfac import KFAC as Preconditioner
+from submission.kfac import Preconditioner
 from submission.kfac import KFACConfig
 from submission.kfac.adaptive_damping import OMEGA, adapted_damping
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from nets import Mean
 from torch import nn
 
-from submission.kfac import KFAC as Preconditioner
+from submission.kfac import Preconditioner
 from submission.kfac import KFACConfig
 from submission.optimizers import NAdamW
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from submission.kfac import KFAC as Preconditioner
+from submission.kfac import Preconditioner
 from submission.kfac import (
     KFACConfig,
     Positions,
@@ -19,9 +19,9 @@ from submission.kfac import (
     shifted_products,
     symmetric,
 )
-from submission.kfac.factor_inverses import Request, invert_factors
-from submission.kfac.graph import GraphError
-from submission.kfac.low_rank import most_rows
+from submission.kfac.linalg.inverses import Request, invert_factors
+from submission.kfac.fisher.graph import GraphError
+from submission.kfac.linalg.low_rank import most_rows
 
 
 def random_convolution(seed):
@@ -402,7 +402,7 @@ def test_factors_that_are_formed_late_are_the_same(fisher_type, joint_bias, wait
         "likelihood": "categorical",
         "kfac_approx": "expand",
         "fisher_type": fisher_type,
-        "joint_bias": joint_bias,
+        "bias": "joint" if joint_bias else "separate",
         "targets": torch.randint(9, (3, 5)),
     }
     late = curvature(model, x, **options)

@@ -10,7 +10,7 @@ from nets import Mean, Pool
 from observed import FAILURES, assert_same_tensors, curvature_tensors, live_tensors, state_tensors
 from torch import nn
 
-from submission.kfac import KFAC as Preconditioner
+from submission.kfac import Preconditioner
 from submission.kfac import KFACConfig, KFACError, Segments
 
 
@@ -343,7 +343,7 @@ def test_a_damping_that_float32_cannot_divide_by_is_refused(damping):
 
 
 @pytest.mark.parametrize("every", [2, 2000])  # the inverse meets few vectors, or many
-@pytest.mark.parametrize("fault", ["forward pass", "no update"])
+@pytest.mark.parametrize("fault", ["forward pass", "no loss"])
 def test_inverses_outlive_a_recording_that_comes_to_nothing(fault, every):
     """Also those of large sides, in a step that is due to renew them."""
     model = nn.Linear(600, 3)
@@ -363,8 +363,15 @@ def test_inverses_outlive_a_recording_that_comes_to_nothing(fault, every):
     if fault == "forward pass":
         with pytest.raises(ZeroDivisionError), kfac.record():
             model(torch.randn(5, 600)).sum() / (1 // 0)
+    else:
+        forward()
+    with pytest.raises(RuntimeError, match="this step updates the factors"):
+        kfac.precondition()
+    assert_same_tensors(curvature_tensors(kfac), before)
+    logits = forward()
+    kfac.update(logits, "categorical", mask=torch.zeros(5))  # no term: the update is dropped
     model.zero_grad()
-    forward().square().mean().backward()
+    logits.square().mean().backward()
     plain = torch.cat([model.weight.grad, model.bias.grad[:, None]], 1)
     kfac.precondition()
     assert_same_tensors(curvature_tensors(kfac), before)

@@ -8,15 +8,15 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
-from submission.kfac import KFAC as Preconditioner
+from submission.kfac import Preconditioner
 from submission.kfac import KFACConfig, Positions, curvature
 from submission.kfac.capture import Recording
-from submission.kfac.partition import partition
+from submission.kfac.discovery import partition
 
 
 def record(model, *args, **kwargs):
     """Outputs of a model while it is recorded, and the recording."""
-    parts = partition(model, approx="expand", joint_bias=True, max_factor_side=100).parts
+    parts = partition(model, approx="expand", bias="joint", max_factor_side=100).parts
     recording = Recording(model, parts)
     with recording:
         output = model(*args, **kwargs)

@@ -8,7 +8,7 @@ from nets import Mean, SpatialMean
 from observed import state_tensors
 from torch import nn
 
-from submission.kfac import KFAC as Preconditioner
+from submission.kfac import Preconditioner
 from submission.kfac import Categorical, KFACConfig, curvature
 
 

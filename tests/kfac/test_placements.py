@@ -10,10 +10,10 @@ from processes import joined
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from submission.kfac import KFAC as Preconditioner
+from submission.kfac import Preconditioner
 from submission.kfac import KFACConfig
-from submission.kfac.distributed import Reduction, all_reduce_sums, assign, broadcast_all
-from submission.kfac.placements import PLACEMENTS
+from submission.kfac.ranks.collectives import Reduction, all_reduce_sums, assign, broadcast_all
+from submission.kfac.ranks.placement import PLACEMENTS
 
 KINDS = ["pi", "exact"]
 

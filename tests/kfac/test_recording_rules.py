@@ -10,7 +10,7 @@ from observed import NoMemoryFor, assert_same_tensors, curvature_tensors
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from submission.kfac import KFAC as Preconditioner
+from submission.kfac import Preconditioner
 from submission.kfac import (
     Bernoulli,
     Categorical,
@@ -22,7 +22,7 @@ from submission.kfac import (
     curvature,
     kronecker_factors,
 )
-from submission.kfac.sharing import without_padding, zero_padding
+from submission.kfac.operations.sharing import without_padding, zero_padding
 
 EVERY_STEP = {"factor_update_steps": 1, "inverse_update_steps": 1}
 

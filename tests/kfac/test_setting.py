@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from nets import Mean, Pool, Tokens
 from torch import nn
 
-from submission.kfac import KFAC as Preconditioner
+from submission.kfac import Preconditioner
 from submission.kfac import (
     Bernoulli,
     Categorical,
@@ -18,7 +18,7 @@ from submission.kfac import (
     Segments,
     kronecker_factors,
 )
-from submission.kfac.setting import detect_setting
+from submission.kfac.fisher.setting import detect_setting
 
 GRAPHS = RaggedBatch(
     {

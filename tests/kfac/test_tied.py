@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from ggn import layer_ggn, relative_error
 from torch import nn
 
-from submission.kfac import KFAC as Preconditioner
+from submission.kfac import Preconditioner
 from submission.kfac import KFACConfig, curvature, kronecker_factors
 
 

@@ -30,7 +30,7 @@ from submission.batch_structure import (
     shared_rows,
     targets_of,
 )
-from submission.kfac import KFAC as Preconditioner
+from submission.kfac import Preconditioner
 from submission.kfac import KFACConfig
 from submission.padding import paddings_in, segmented_fields
 

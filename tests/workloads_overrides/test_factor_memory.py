@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from submission.kfac import KFAC as Preconditioner
+from submission.kfac import Preconditioner
 from submission.kfac import KFACConfig
 from workloads_overrides.factor_memory import (
     COPIES_OF_FACTORS,

@@ -307,7 +307,7 @@ def _is_transpose(one: Matrix, other: Matrix) -> bool:
 def _name(piece: Piece) -> str:
     """The module's name for its weight."""
     label = piece.label
-    return label.removesuffix(".weight") or label
+    return "" if label == "weight" else label.removesuffix(".weight")
 
 
 def _without_rejected(use: UnitUse, rejected: Mapping[str, str]) -> UnitUse | None:

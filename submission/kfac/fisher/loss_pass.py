@@ -41,6 +41,8 @@ class LossPass:
         self.collection, self.terms, self.is_over = collection, terms, False
         self._vector = which.vector
         self._scale: Tensor | None = None
+        edge = get_gradient_edge(logits)
+        self._at_logits = [call for call in collection.calls if call.edge == edge]
         collection.begin_loss_pass()
         self._handle = logits.register_hook(self._begin)  # type: ignore[no-untyped-call]
 
@@ -49,11 +51,13 @@ class LossPass:
         if self._scale is not None:
             raise GraphError(
                 "a second backward pass goes through a graph whose statistics were to come from "
-                "one pass of the loss: leave `loss` out of update to have a pass of its own for "
+                "one pass of the loss: leave `loss` out of kfac.update to have a pass of its own for "
                 "them"
             )
         self._scale = proportion(gradient.detach(), self._vector, self.terms)
         self.collection.listen(True)
+        for call in self._at_logits:  # their own hooks came before this one
+            self.collection.hear(call, gradient.detach())
         # Only a pass that raises nothing gets there.
         torch.autograd.Variable._execution_engine.queue_callback(self._end)
 

@@ -24,20 +24,20 @@ RAGGED_SCALINGS: dict[str, tuple[float, float]] = {
 }
 
 
-def expand(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+def expand(rows: Tensor) -> Tensor:
     """K-FAC-expand, equation 7: every shared position is a row of its own.
 
         A = 1/(N R) Σ_n Σ_r a_nr a_nrᵀ,      B = 1/terms Σ_n Σ_r g_nr g_nrᵀ
 
+    Convolutions have the same second moments without forming the rows, see `linalg.convolution`.
+
     Args:
-        a: inputs [groups, N, R, P_in], or [groups, rows, P_in].
-        g: would-be gradients, likewise.
+        rows: a or g, [N, R..., d].
 
     Returns:
-        Rows [groups, N·R, P_in] and [groups, N·R, P_out]. Convolutions have the same second
-        moments without forming the rows, see `operations.convolution`.
+        [N·R, d].
     """
-    return a.flatten(1, -2), g.flatten(1, -2)
+    return rows.flatten(0, -2)
 
 
 def reduce(

@@ -137,7 +137,7 @@ class Rows(LinearOperation):
 
     def _grouped(self, rows: Tensor) -> Tensor:
         """[rows..., groups · side] -> [groups, rows, side]."""
-        rows = rows.flatten(0, -2)
+        rows = expand(rows)
         if self.shape[0] == 1:
             return rows.unsqueeze(0)
         return rows.unflatten(-1, (self.shape[0], -1)).movedim(1, 0)
@@ -161,7 +161,7 @@ class Rows(LinearOperation):
             shares = own.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
             moment.add_rows(own.clone() if shares else own)  # its owner may write into x
             return
-        rows, _ = expand(self._grouped(without_padding(rows, sharing)), rows)
+        rows = self._grouped(without_padding(rows, sharing))
         d = rows.shape[-1]
         if moment.side == d and not ones:
             moment.add_rows(rows)

@@ -116,10 +116,9 @@ class Recording(TorchFunctionMode):
             if x.layout != torch.strided:
                 self.note(use, f"an operation on inputs of layout {x.layout}")
                 return compute(x)
-            if isinstance(use, LinearUse):
-                x = _as_computed(x)
         y = compute(x)
         if y.requires_grad:
+            y = _no_view(y)
             self.add(use, operation, x, y, **known)
         return y
 
@@ -231,11 +230,7 @@ def node_of(tensor: Tensor | None) -> Node | None:
     return get_gradient_edge(tensor).node if has_graph and tensor is not None else None
 
 
-def _as_computed(x: Tensor) -> Tensor:
-    """The input as autocast hands it to a product, and as the graph keeps it."""
-    device = x.device.type
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return x
-    if not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
+def _no_view(y: Tensor) -> Tensor:
+    """The output, in the same memory, but no view: what is done in place to a view takes the place
+    of the node that the call's hook is on."""
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y

@@ -28,7 +28,8 @@ def linear(
         return shifted(rec, bias, input, lambda: func(input, weight, bias), known)
     view = found.view if weight.dim() == 2 else found.view.unsqueeze(0)
     matrix = Alias(found.name, view, found.numel).matrix((), (0,), (1,))
-    operation = Rows(matrix.shape, no_out=weight.dim() == 1, folded=_folded(input))
+    folded = None if known else _folded(input)
+    operation = Rows(matrix.shape, no_out=weight.dim() == 1, folded=folded)
     use = LinearUse(matrix, rec.piece(bias))
     return rec.call(use, operation, input, lambda x: func(x, weight, bias), **known)
 
@@ -194,5 +195,8 @@ def _folded(x: Tensor) -> tuple[int, ...] | None:
     base = x._base
     if x.dim() != 2 or base is None or base.dim() < 3 or base.shape[-1] != x.shape[-1]:
         return None
-    same = base.numel() == x.numel() and base.is_contiguous() and x.is_contiguous()
-    return tuple(base.shape[:-1]) if same else None
+    if base.numel() != x.numel() or not (base.is_contiguous() and x.is_contiguous()):
+        return None
+    # [1, N, d] may be N examples that were taken out of a list of one.
+    flattened = base.shape[0] > 1 if x.grad_fn is None else "View" in x.grad_fn.name()
+    return tuple(base.shape[:-1]) if flattened else None
