@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from nets import Mean
+from observed import curvature_tensors
 from torch import nn
 
 from submission.kfac import KFAC as Preconditioner
@@ -97,18 +98,38 @@ def test_hooks_are_gone_after_an_error_in_the_forward_pass():
         kfac.update(torch.randn(3, 3), "categorical")
 
 
-def test_steps_without_updates_have_no_hooks():
+def graph_of(tensor):
+    """Names of the nodes of its graph, in depth-first order."""
+    names, left = [], [tensor.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None:
+            names.append(node.name())
+            left += [parent for parent, _ in node.next_functions]
+    return names
+
+
+def test_steps_without_updates_leave_the_forward_pass_as_it_is():
     model = net()
     kfac = Preconditioner(model, KFACConfig(factor_update_steps=2, inverse_update_steps=2))
-    seen = []
+    plain, hooks = graph_of(model(torch.randn(3, 4))), snapshot(model)[0]
+    due, before = [], {}
     for _ in range(4):
+        due.append(kfac.factors_due)
         with kfac.record():
-            seen.append(any(m._forward_hooks for m in model.modules()))
+            hooks_inside = snapshot(model)[0]
             logits = model(torch.randn(3, 4))
+        if not due[-1]:
+            assert hooks_inside == hooks
+            assert graph_of(logits) == plain
         kfac.update(logits, "categorical")
         logits.sum().backward()
         kfac.precondition()
-    assert seen == [True, True, True, False]  # 0, 1 (early), 2, 3
+        after = curvature_tensors(kfac)
+        changed = any(not torch.equal(after[name], before.get(name, after[name])) for name in after)
+        assert changed == (due[-1] and bool(before))
+        before = after
+    assert due == [True, True, True, False]  # 0, 1 (early), 2, 3
 
 
 def test_layers_that_are_used_functionally_fall_back_to_the_diagonal():

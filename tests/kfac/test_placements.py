@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from submission.kfac import KFAC as Preconditioner
 from submission.kfac import KFACConfig
 from submission.kfac.distributed import Reduction, all_reduce_sums, assign, broadcast_all
-from submission.kfac.placements import PLACEMENTS
 
 KINDS = ["pi", "exact"]
+PLACEMENTS = ["every_rank", "exchanged", "one_rank"]
 
 
 class Net(nn.Module):
