@@ -11,7 +11,7 @@ from torch import nn
 from experiments import cifar
 from experiments import update_step_timing as timing
 from quickstart.errors import QuickstartError
-from submission.kfac import kronecker_factors, layers
+from submission.kfac import kronecker_factors, shifted_products
 
 
 def options(*flags: str) -> argparse.Namespace:
@@ -33,13 +33,13 @@ def test_fast_paths_are_off_inside_only_and_change_no_factor(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls = []
-    add_second_moment = layers.shifted_products.add_second_moment
+    add_second_moment = shifted_products.add_second_moment
 
     def counted(*arguments: object) -> None:
         calls.append(1)
         add_second_moment(*arguments)
 
-    monkeypatch.setattr(layers.shifted_products, "add_second_moment", counted)
+    monkeypatch.setattr(shifted_products, "add_second_moment", counted)
     model = torch.nn.Sequential(torch.nn.Conv2d(8, 4, 3, padding=1), torch.nn.Flatten()).double()
     x = torch.randn(2, 8, 4, 4, dtype=torch.float64)
 

@@ -49,6 +49,14 @@ def live_tensors() -> tuple[int, int]:
     return len(found), sum(t.numel() for t in found)
 
 
+def live_bytes() -> int:
+    """The size of all storages of tensors that there are in this process."""
+    gc.collect()
+    found = [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter)]
+    storages = [tensor.untyped_storage() for tensor in found]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 def preconditioner_matrix(model: nn.Module, kfac: Any, layer: str) -> Tensor:
     """The matrix that `precondition` multiplies the gradient of a layer by.
 

@@ -10,17 +10,6 @@ from torch.utils.checkpoint import checkpoint
 
 from submission.kfac import Preconditioner
 from submission.kfac import KFACConfig, Positions, curvature
-from submission.kfac.capture import Recording
-from submission.kfac.discovery import partition
-
-
-def record(model, *args, **kwargs):
-    """Outputs of a model while it is recorded, and the recording."""
-    parts = partition(model, approx="expand", bias="joint", max_factor_side=100).parts
-    recording = Recording(model, parts)
-    with recording:
-        output = model(*args, **kwargs)
-    return output, recording
 
 
 def flat_tensors(output):
@@ -30,16 +19,23 @@ def flat_tensors(output):
 
 
 def assert_same_outputs(model, *args, **kwargs):
+    """While the model is recorded. Returns what the preconditioner reports after an update."""
     torch.manual_seed(5)
     expected = flat_tensors(model(*args, **kwargs))
+    kfac = Preconditioner(model, KFACConfig())
     torch.manual_seed(5)
-    recorded, recording = record(model, *args, **kwargs)
+    with kfac.record():
+        recorded = model(*args, **kwargs)
     got = flat_tensors(recorded)
     assert len(got) == len(expected)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert "forward" not in vars(model)
-    return recording
+    kfac.update(got[0], "gaussian")
+    got[0].square().sum().backward()
+    kfac.precondition()
+    assert not any(kfac.failures.values())
+    return kfac.report()
 
 
 ATTENTION = {
@@ -65,9 +61,14 @@ def test_attention_computes_the_same(case):
     model = nn.MultiheadAttention(6, 2, **options)
     sizes = (6, options.get("kdim", 6), options.get("vdim", 6))
     shape = (2, 4) if options.get("batch_first") else (4, 2)
-    recording = assert_same_outputs(model, *(torch.randn(*shape, s) for s in sizes), **call)
-    assert set(recording.calls) == {"in_proj.q", "in_proj.k", "in_proj.v", "out_proj"}
-    assert set(recording.calls.values()) == {1}
+    rows = assert_same_outputs(model, *(torch.randn(*shape, s) for s in sizes), **call)
+    layers = [row for row in rows if row.preconditioner == "K-FAC-expand"]
+    assert len(layers) == 4  # query, key, value, output
+    assert {row.sharing for row in layers} <= {"4 positions", "2 positions"}
+    assert {row.name for row in rows} - {row.name for row in layers} <= {"bias_k", "bias_v"}
+    bias = int(options.get("bias", True))
+    sides = sorted(f"{size + bias} x 6" for size in (*sizes, 6))
+    assert sorted(row.sides for row in layers) == sides
 
 
 def test_unbatched_attention_computes_the_same():
@@ -94,9 +95,12 @@ def test_recurrent_layers_compute_the_same(case, state):
     hidden = torch.randn(count, 2, 4)
     hx = ((hidden, torch.randn(count, 2, 4)) if layer is nn.LSTM else hidden) if state else None
     shape = (2, 5, 3) if options.get("batch_first") else (5, 2, 3)
-    recording = assert_same_outputs(model, torch.randn(shape), hx)
-    assert recording.calls["weight_ih_l0"] == 1
-    assert recording.calls["weight_hh_l0"] == 5
+    rows = assert_same_outputs(model, torch.randn(shape), hx)
+    assert {row.preconditioner for row in rows} == {"K-FAC-expand"}
+    both_ways = 2 if options.get("bidirectional") else 1
+    assert len(rows) == 2 * both_ways * options.get("num_layers", 1)
+    for row in rows:
+        assert ("5 positions" if "weight_ih" in row.name else "5 calls") in row.sharing
 
 
 @pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU])
@@ -165,6 +169,13 @@ class Attend(nn.Module):
         return self.attention(x, x, x)[0].mean(1)
 
 
+def projections(blocks):
+    """Of query, key and value."""
+    found = [block for name, block in blocks.items() if name.startswith("attention.in_proj")]
+    assert len(found) == 3
+    return found
+
+
 def test_attention_of_one_token_is_exact_for_value_and_output():
     # One token attends to itself with weight one: value and output projections are linear layers.
     model, x = Attend(), torch.randn(5, 1, 4)
@@ -177,9 +188,10 @@ def test_attention_of_one_token_is_exact_for_value_and_output():
     )
     weight = torch.arange(48).reshape(12, 4)[8:]
     order = torch.cat([weight, 48 + torch.arange(8, 12)[:, None]], 1).flatten()
-    value = blocks["attention.in_proj.v"].to_dense()
-    assert relative_error(value, truth[order][:, order]) <= 1e-12
-    assert blocks["attention.in_proj.q"].gradient_covariance.norm() < 1e-12
+    query, key, value = projections(blocks)
+    assert relative_error(value.to_dense(), truth[order][:, order]) <= 1e-12
+    assert query.gradient_covariance.norm() < 1e-12
+    assert key.gradient_covariance.norm() < 1e-12
 
 
 def test_gradients_of_slices_are_written_to_their_rows():
@@ -192,8 +204,7 @@ def test_gradients_of_slices_are_written_to_their_rows():
     weight = model.attention.in_proj_weight.grad.clone()
     bias = model.attention.in_proj_bias.grad.clone()
     kfac.precondition()
-    for i, name in enumerate("qkv"):
-        block = kfac.curvature()[f"attention.in_proj.{name}"]
+    for i, block in enumerate(projections(kfac.curvature())):
         a, b = (
             f + 0.1 * torch.eye(len(f)) for f in (block.input_covariance, block.gradient_covariance)
         )
@@ -208,10 +219,13 @@ def test_transformer_encoder_layers_have_no_parameter_left_over():
     model = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
     x = torch.randn(3, 5, 4)
     blocks = curvature(model, x, likelihood="gaussian", kfac_approx="expand")
-    assert set(blocks) == {
-        "self_attn.in_proj.q", "self_attn.in_proj.k", "self_attn.in_proj.v", "self_attn.out_proj",
-        "linear1", "linear2", "norm1", "norm2",
+    inputs = [name for name in blocks if name.startswith("self_attn.in_proj")]
+    assert len(inputs) == 3  # query, key, value
+    assert set(blocks) - set(inputs) == {
+        "self_attn.out_proj", "linear1", "linear2", "norm1", "norm2",
     }  # fmt: skip
+    sides = [(blocks[name].input_covariance, blocks[name].gradient_covariance) for name in inputs]
+    assert [(a.shape, b.shape) for a, b in sides] == [((5, 5), (4, 4))] * 3
 
 
 # ---- models that use fused modules in unusual ways ----------------------------------------------
@@ -379,14 +393,27 @@ def test_fused_modules_that_are_not_handled_run_as_they_are(case):
     assert any(reason in row.reason for row in kfac.report())
 
 
-def test_modules_that_are_excluded_are_not_unrolled():
-    model = Attending(True)
-    kfac = Preconditioner(model, KFACConfig(exclude=("recurrent",)))
+def test_modules_that_are_excluded_run_as_they_are():
+    model, x = Attending(True), torch.randn(2, 3, 4)
+    kfac, outputs = Preconditioner(model, KFACConfig(exclude=("recurrent",))), []
+    model.recurrent.register_forward_hook(lambda module, args, out: outputs.append((args, out[0])))
     with kfac.record():
-        assert "forward" not in vars(model.recurrent)
-        assert "forward" in vars(model.attention)
-        model(torch.randn(2, 3, 4))
+        logits = model(x)
+    kfac.update(logits, "categorical")
+    logits.square().sum().backward()
+    kfac.precondition()
+    ((args, recorded),) = outputs
+    assert torch.equal(recorded, type(model.recurrent).forward(model.recurrent, *args)[0])
     assert "forward" not in vars(model.attention)
+    rows = {row.name: row for row in kfac.report()}
+    inside = [row for name, row in rows.items() if name.startswith("recurrent")]
+    assert sum(row.parameters for row in inside) == sum(
+        p.numel() for p in model.recurrent.parameters()
+    )
+    assert not any(row.preconditioner.startswith("K-FAC") for row in inside)
+    assert all(row.reason for row in inside)
+    attention = [row for name, row in rows.items() if name.startswith("attention")]
+    assert {row.preconditioner for row in attention} == {"K-FAC-expand"}
 
 
 def test_a_recurrent_layer_that_is_called_later_becomes_a_layer_then():
