@@ -10,9 +10,11 @@ from .failures import KFACError
 from .fisher.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from .functional import curvature, kronecker_factors
 from .operations.sharing import Positions, RaggedBatch, Segments, SharingError
+from .optimizer import KFAC
 from .preconditioner import Preconditioner
 
 __all__ = [
+    "KFAC",
     "Bernoulli",
     "Categorical",
     "Curvature",

@@ -50,6 +50,17 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def tracked(
+    parameters: Mapping[str, nn.Parameter], exclude: Sequence[str]
+) -> dict[str, nn.Parameter]:
+    """The parameters whose uses are looked at: excluded modules run as they are."""
+    return {
+        name: parameter
+        for name, parameter in parameters.items()
+        if not any(name.startswith(key + ".") for key in exclude)
+    }
+
+
 def options_of(config: KFACConfig, approx: str) -> Options:
     """The settings that decide about blocks."""
     return Options(
@@ -73,6 +84,7 @@ def found_in(
     for call in recording.calls:
         assert call.edge is not None
         below.setdefault(call.edge.node, []).append(call.below)
+    below.update({node: [call] for node, call in recording.bias_nodes.items()})
     beside = leaves_beside([output.grad_fn for output in outputs], below)
     others = {
         name: recording.others.get(name, f"the operation {beside[id(parameter)] or 'itself'}")

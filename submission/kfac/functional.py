@@ -177,9 +177,11 @@ def curvature(
         )
     divisor = None if divided or share is not None else terms
     scale = 1.0 if share is None else share
+    found_sums = collected.finish()
     return {
-        name: sums.curvature([divisor], scale).public()
-        for name, sums in collected.finish().items()
+        name: found_sums[name].curvature([divisor], scale).public()
+        for name in collected.names
+        if name in found_sums
     }
 
 

@@ -35,6 +35,7 @@ from .discovery import (
     found_in,
     merged_over_ranks,
     structure_from,
+    tracked,
     trainable_parameters,
     unwrap,
     warn_of_low_coverage,
@@ -88,6 +89,8 @@ class Preconditioner:
         self._model = unwrap(model)
         self._compiled = _is_compiled(model)
         self._parameters = trainable_parameters(self._model)
+        self._all_parameters = list(self._model.parameters())
+        self._trains = self._requires_grad()
         check_excluded(self.config.exclude, (name for name, _ in self._model.named_parameters()))
         approx = self.config.kfac_approx
         self._state = KFACState(self.config.damping, None if approx == "auto" else approx)
@@ -125,6 +128,11 @@ class Preconditioner:
         return self._state.seconds
 
     @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> trainable parameter."""
+        return self._parameters
+
+    @property
     def structure(self) -> Structure:
         """The blocks that the parameters are in; known after the first recorded pass."""
         return self._structure
@@ -144,8 +152,18 @@ class Preconditioner:
 
     @property
     def factors_due(self) -> bool:
-        """Whether this step updates the factors."""
-        return self._due(self.config.factor_update_steps) or self._pass is not None
+        """Whether this step updates the factors.
+
+        Also when parameters were frozen or unfrozen since the last update.
+        """
+        return (
+            self._due(self.config.factor_update_steps)
+            or self._pass is not None
+            or self._trains != self._requires_grad()
+        )
+
+    def _requires_grad(self) -> list[bool]:
+        return [parameter.requires_grad for parameter in self._all_parameters]
 
     @property
     def inverses_due(self) -> bool:
@@ -184,12 +202,12 @@ class Preconditioner:
             )
             self._drop_pass()
         self._end_pass()
-        self._refresh_parameters()
         if not self.factors_due:
             yield
             return
+        self.follow_parameters()
         check_names(sharing, self._names())
-        recording = Recording(self._parameters)
+        recording = Recording(tracked(self._parameters, self.config.exclude))
         try:
             with _uncompiled(), recording:
                 yield
@@ -213,7 +231,7 @@ class Preconditioner:
         blocks = (block.name for block in self._structure.blocks)
         return list(dict.fromkeys([*blocks, *self._parameters, *modules]))
 
-    def _refresh_parameters(self) -> None:
+    def follow_parameters(self) -> None:
         """Follows parameters that were replaced, frozen or unfrozen."""
         found = trainable_parameters(self._model)
         if list(found) != list(self._parameters):
@@ -221,6 +239,8 @@ class Preconditioner:
             self._restructure()
             self._state.inverses_stale = True
         self._parameters = found
+        self._all_parameters = list(self._model.parameters())
+        self._trains = self._requires_grad()
 
     def update(
         self,

@@ -265,7 +265,12 @@ class DiagonalCollector(Collector):
         """Has no calls."""
 
     def add_gradient(self, gradient: Tensor) -> None:
-        """Adds the squares of a would-be gradient of the whole parameter; of a row their mean."""
+        """Adds the squares of a would-be gradient of the whole parameter; of a row their mean.
+
+        Nothing of a sparse gradient, which is left as it is.
+        """
+        if gradient.layout != torch.strided:
+            return
         while len(self.sums.f) <= self.loss:
             self.sums.f += self._block.empty_sums(self._collecting, 1).f
         total, gradient = self.sums.f[self.loss], as_real(self._block.piece.of(gradient))

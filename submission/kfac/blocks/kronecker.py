@@ -16,7 +16,7 @@ from ..linalg.inverses import FactorInverse, Request, eigendecomposition
 from ..linalg.kfac import reduce
 from ..linalg.low_rank import most_rows
 from ..linalg.moments import SecondMoment
-from ..operations.operation import LinearOperation
+from ..operations.operation import LinearOperation, own_copy
 from ..operations.pieces import Matrix, Piece
 from ..operations.sharing import SharingError, count_rows, rows_per_example
 from .block import Block, BlockCurvature, Collecting, Collector, HeardCall, Inverse, InverseSettings, Sums
@@ -279,7 +279,7 @@ class ExpandCollector(KroneckerCollector):
         self._note(leading, call)
         if self._keeps_rows:
             rows = operation.input_rows(call.x, call.sharing, block.bias is not None)
-            self._inputs[id(call)] = rows.to(self._dtype)
+            self._inputs[id(call)] = own_copy(rows.to(self._dtype), call.x)
 
     def gradient(self, call: HeardCall, g: Tensor) -> None:
         call.operation.add_gradient_moment(self._gradients(), g, call.sharing)

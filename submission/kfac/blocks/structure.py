@@ -113,7 +113,11 @@ def structure_of(
             rejected[name] = "complex parameters"
         if any(name.startswith(key + ".") for key in options.exclude):
             rejected[name] = "excluded"
-    uses = list(dict.fromkeys(uses))
+    uses = [  # of parameters that are trained
+        use
+        for use in dict.fromkeys(uses)
+        if all(piece.parameter in parameters for piece in use.pieces)
+    ]
     while True:
         attempt = _Attempt(parameters, options, rejected)
         attempt.add_all(uses)

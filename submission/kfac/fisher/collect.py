@@ -23,7 +23,7 @@ from ..operations.sharing import (
     resolve,
 )
 from ..operations.uses import Call
-from .graph import GraphError, earliest, gradients
+from .graph import NOT_REACHED, GraphError, earliest, gradients
 from .passes import FisherPass, one_example_at_a_time
 
 
@@ -80,6 +80,11 @@ class Collection:
         return block.collector(self._collecting.for_parameter(parameter))
 
     @property
+    def names(self) -> list[str]:
+        """Of the blocks whose statistics are wanted, in their order."""
+        return list(self._blocks)
+
+    @property
     def has_diagonals(self) -> bool:
         """Whether there are parameters of which gradients of their own are needed."""
         return bool(self._diagonals)
@@ -128,7 +133,7 @@ class Collection:
         self._any_heard = True
         if self.out_of_memory is not None:
             return
-        doing = f"the statistics of '{role.block}' (gradient {list(g.shape)})"
+        doing = f"the statistics of layer '{role.block}' (gradient {list(g.shape)})"
         with self._collecting_in(doing):
             try:
                 self._take(call, role.block, role.transposed, g)
@@ -249,10 +254,7 @@ class Collection:
     def check_heard(self) -> None:
         """Raises a GraphError where no gradient has come to any call."""
         if not self._any_heard:
-            raise GraphError(
-                "no recorded layer is in the graph of the logits: they belong to another forward "
-                "pass than the last one inside record(), or were computed from detached outputs"
-            )
+            raise GraphError(NOT_REACHED)
 
     # ---- the pass of the loss -------------------------------------------------------------------
 

@@ -10,6 +10,12 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 
+NOT_REACHED = (
+    "no recorded layer is in the graph of the logits: they belong to another forward pass than the "
+    "last one inside record(), or were computed from detached outputs"
+)
+
+
 class GraphError(RuntimeError):
     """The graph of the logits is not one that would-be gradients can be propagated through."""
 
@@ -70,6 +76,9 @@ def leaves_beside(
 ) -> dict[int, str]:
     """Leaf tensors that a graph reaches without entering the recorded calls: id -> how.
 
+    Raises:
+        GraphError: there are recorded calls, and none of them is in the graph.
+
     Args:
         starts: where to begin.
         below: node of a call's output -> nodes of its input, where the walk goes on.
@@ -89,6 +98,8 @@ def leaves_beside(
         if leaf is not None:
             found[id(leaf)] = above
         stack += [(child, node.name()) for child, _ in node.next_functions]
+    if below and not any(node in seen for node in below):
+        raise GraphError(NOT_REACHED)
     return found
 
 

@@ -182,7 +182,6 @@ class Accumulated:
 
     def add(self, recorded: RecordedPass) -> None:
         """Adds what one recorded pass has collected."""
-        self.out_of_memory = self.out_of_memory or recorded.collection.out_of_memory
         if not self.terms:
             self.terms = list(recorded.terms)
         elif len(self.terms) == len(recorded.terms):
@@ -198,6 +197,7 @@ class Accumulated:
                 self.sums[name].merge(sums)
             else:
                 self.sums[name] = sums
+        self.out_of_memory = self.out_of_memory or recorded.collection.out_of_memory
 
     def divisors(self) -> list[Tensor | None]:
         """What squares of would-be gradients of each loss are divided by."""

@@ -39,6 +39,12 @@ NO_EXAMPLES = (
 )
 
 
+def own_copy(rows: Tensor, x: Tensor) -> Tensor:
+    """The rows, copied if they are a view of x, which its owner may write into before their use."""
+    shares = rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    return rows.clone() if shares else rows
+
+
 class LinearOperation(ABC):
     """How one call of a linear map is rows times a matrix.
 
@@ -157,9 +163,7 @@ class Rows(LinearOperation):
         rows = self._of_input(x.to(moment.dtype), sharing, False)
         count = count_rows(rows.shape[:-1], sharing)
         if moment.keeps(rows.shape[:-1].numel()) and moment.side == self.shape[2] + int(ones):
-            own = self.input_rows(x.to(moment.dtype), sharing, ones)
-            shares = own.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-            moment.add_rows(own.clone() if shares else own)  # its owner may write into x
+            moment.add_rows(own_copy(self.input_rows(x.to(moment.dtype), sharing, ones), x))
             return
         rows = self._grouped(without_padding(rows, sharing))
         d = rows.shape[-1]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class Recording(TorchFunctionMode):
         calls: operations on parameters, in their order.
         losses: torch's losses, likewise.
         others: name of a parameter -> the operation in which it was used some other way.
+        bias_nodes: nodes of the graph that add a bias to a call's output -> the call's node.
         mixes_examples: whether a BatchNorm used the statistics of the batch.
         is_collected: whether statistics were taken: backward passes from now on need no inputs.
     """
@@ -56,6 +58,7 @@ class Recording(TorchFunctionMode):
         self.calls: list[Call] = []
         self.losses: list[SeenLoss] = []
         self.others: dict[str, str] = {}
+        self.bias_nodes: dict[Node, Node] = {}
         self.mixes_examples = self.is_collected = False
         self._tracker = Tracker(parameters)
         self._bare: dict[int, tuple[Tensor, Call]] = {}  # outputs to which a bias may be added
@@ -156,6 +159,14 @@ class Recording(TorchFunctionMode):
             self._bare[id(y)] = (y, call)
         return call
 
+    def join_bias(self, call: Call, bias: Tensor, y: Tensor) -> None:
+        """A bias was added to the output of a call, which made y."""
+        assert isinstance(call.use, LinearUse)
+        call.use = replace(call.use, bias=self.piece(bias))
+        node = node_of(y)
+        if node is not None and call.edge is not None:
+            self.bias_nodes[node] = call.edge.node
+
     @staticmethod
     def node_of(tensor: Tensor | None) -> Node | None:
         """The node of the graph that a tensor comes from, if there is one."""
@@ -220,6 +231,7 @@ class Recording(TorchFunctionMode):
             if call.handle is not None:
                 call.handle.remove()
         self.calls.clear()
+        self.bias_nodes.clear()
         self.losses.clear()
         self._listener = None
 

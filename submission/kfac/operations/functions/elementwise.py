@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ from ..handlers import handles
 from ..pieces import Alias
 from ..sharing import Positions, Segments, Sharing, SharingError, sum_rows
 from ..operation import UnitOperation
-from ..uses import LinearUse, UnitUse
+from ..uses import UnitUse
 
 if TYPE_CHECKING:
     from ..record import Recording
@@ -70,8 +70,7 @@ def add(rec: Recording, func: Any, input: Any, other: Any = None, **kwargs: Any)
     if not y.requires_grad:
         return y
     if bare is not None and _is_bias(shift, y, bare.use):
-        assert isinstance(bare.use, LinearUse)
-        bare.use = replace(bare.use, bias=rec.piece(shift))
+        rec.join_bias(bare, shift, y)
     else:
         record_shift(rec, shift, y, {"below": below})
     return y

@@ -42,7 +42,7 @@ def _gates(kind: str, from_input: Tensor, from_hidden: Tensor, state: State) -> 
 def recurrent(rec: Recording, func: Any, *args: Any) -> Any:
     """A whole recurrent network, on padded or packed sequences."""
     kind = func.__name__
-    packed = not isinstance(args[2], tuple | list)
+    packed = isinstance(args[3], tuple | list)  # the weights, behind sizes and state
     hx, weights = (args[2], args[3]) if packed else (args[1], args[2])
     if not any(rec.alias(weight) is not None for weight in weights) or inside_checkpoint():
         return NotImplemented  # a checkpoint's second run must find the same operations
