@@ -18,7 +18,8 @@ from typing import Any
 from .kfac import KFACConfig
 from .kfac.config import FALLBACKS, FISHER_TYPES, KFAC_APPROXES, SMALLEST_DAMPING
 from .kfac.linalg.damping import DAMPING_KINDS
-from .kfac.factors import PRECISIONS, RAGGED_SCALINGS
+from .kfac.linalg.kfac import RAGGED_SCALINGS
+from .kfac.linalg.precision import PRECISIONS
 from .optimizers import UPDATE_RULES
 from .schedules import SCHEDULES
 

@@ -36,7 +36,7 @@ from .batch_structure import (
     targets_of,
 )
 from .hyperparameters import Hyperparameters
-from .kfac import KFAC, Likelihood
+from .kfac import Preconditioner, Likelihood
 from .kfac.ranks.collectives import world_size
 from .kfac.functional import kept_buffers
 from .optimizers import UPDATE_RULES
@@ -102,7 +102,7 @@ def init_optimizer_state(
         if config.fisher_type == "empirical" and not has_labels(workload.loss_type):
             logger.warning("K-FAC: labels are sampled, since the loss has none for single frames")
             config = replace(config, fisher_type="mc")
-        state["kfac"] = KFAC(model_params, config)
+        state["kfac"] = Preconditioner(model_params, config)
     return state
 
 
