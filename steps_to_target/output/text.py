@@ -95,15 +95,10 @@ def algoperf_time(group: MethodGroup, hours: bool) -> str:
     return "no time logged" if group.reached and not group.seconds.n else "not reached"
 
 
-def workload_title(summary: Summary, workload: str) -> str:
+def table_title(summary: Summary, table: str) -> str:
     """Workload and what has to be reached on it."""
-    targets = dict.fromkeys(
-        f"{run.target.column} {run.target.sign} {run.target.validation:.6g}"
-        for group in summary.of(workload)
-        for run in group.runs
-        if run.target
-    )
-    return f"{workload}: " + (" or ".join(targets) if targets else "no target known")
+    group = summary.of(table)[0]
+    return f"{group.workload}: {group.target.text if group.target else 'no target known'}"
 
 
 def method_rows(groups: list[MethodGroup]) -> list[list[str]]:
@@ -172,10 +167,10 @@ def run_row(run: Run) -> list[str]:
     ]
 
 
-def _run_parts(workload: str, members: list[Run], width: int) -> list[RenderableType]:
+def _run_parts(table: str, members: list[Run], width: int) -> list[RenderableType]:
     """Table of single runs, and for those that did not reach the evidence for their status."""
     shown = members[:MAX_RUNS_SHOWN]
-    title = f"{workload}: single runs (the true crossing lies after the evaluation in brackets)"
+    title = f"{table}: single runs (the true crossing lies after the evaluation in brackets)"
     kept = len(RUN_COLUMNS) - (0 if width >= _NARROW else 2)
     rows = [run_row(run)[:kept] for run in shown]
     parts: list[RenderableType] = [
@@ -236,13 +231,13 @@ class Comparison:
         summary, width = self.summary, options.max_width
         # Without room the last two columns go; the JSON, CSV and HTML files have everything.
         kept = len(METHOD_COLUMNS) - (0 if width >= _WIDE else 2)
-        for workload in summary.workloads:
-            groups = summary.of(workload)
-            yield Text(workload_title(summary, workload), style="bold")
+        for table in summary.tables:
+            groups = summary.of(table)
+            yield Text(table_title(summary, table), style="bold")
             rows = [row[:kept] for row in method_rows(groups)]
             yield _table(METHOD_COLUMNS[:kept], rows, {2, 3, 4, 5, 6}, width)
             if self.runs:
-                yield from _run_parts(workload, [run for g in groups for run in g.runs], width)
+                yield from _run_parts(table, [run for g in groups for run in g.runs], width)
         yield from (Text(f"note: {note}") for note in summary.paper_notes)
         yield from (Text(f"warning: {text}", style="yellow") for text in summary.warnings)
 

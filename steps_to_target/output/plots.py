@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from steps_to_target.errors import CompareError
-from steps_to_target.export import write_atomically
+from steps_to_target.output.export import write_atomically
 from steps_to_target.model import TIME_PARTS, FloatArray, Run
 from steps_to_target.scoring import Profile
 from steps_to_target.summary import repetitions, representative
@@ -212,15 +212,15 @@ def _time_panel(axes: Axes, methods: dict[str, list[Run]]) -> None:
     axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
 
 
-def workload_figure(workload: str, runs: Sequence[Run]) -> Figure:
-    """All pictures of one workload side by side.
+def table_figure(table: str, runs: Sequence[Run], methods: Sequence[str]) -> Figure:
+    """All pictures of one table side by side.
 
     Args:
-        workload: its name; only its runs are drawn.
-        runs: all runs, since a method keeps its look over all workloads.
+        table: its name.
+        runs: its runs.
+        methods: those of all tables, since a method keeps its look.
     """
-    everyone = sorted({run.method for run in runs})
-    return _figure({workload: [run for run in runs if run.workload == workload]}, everyone)
+    return _figure({table: list(runs)}, methods)
 
 
 def _figure(workloads: dict[str, list[Run]], everyone: Sequence[str]) -> Figure:
