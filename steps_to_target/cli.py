@@ -1,4 +1,8 @@
-"""Command line: ``python -m steps_to_target RUNS... --reference NAME``."""
+"""Command line: ``python -m steps_to_target RUNS... --reference NAME``.
+
+What takes long to import (pandas, scipy, matplotlib) is imported when it is used: ``--help`` and
+mistakes in the options need none of it.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from steps_to_target.errors import CompareError
-from steps_to_target.model import Run
-from steps_to_target.output.export import write_csv, write_json
-from steps_to_target.output.text import render_profile, render_table
-from steps_to_target.reading.load import load
-from steps_to_target.scoring import performance_profile
-from steps_to_target.summary import Summary, summarize
-from steps_to_target.targets import parse_override
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from steps_to_target.model import Run
+    from steps_to_target.summary import Summary
 
 _USAGE_ERROR = 2
 
@@ -102,6 +104,9 @@ def _chosen(runs: list[Run], names: str | None) -> list[Run]:
 
 
 def _write(arguments: argparse.Namespace, runs: list[Run], summary: Summary) -> list[Path]:
+    from steps_to_target.output.export import write_csv, write_json
+    from steps_to_target.scoring import performance_profile
+
     written = []
     if arguments.json:
         written.append(write_json(runs, summary, arguments.json))
@@ -123,6 +128,8 @@ def _write(arguments: argparse.Namespace, runs: list[Run], summary: Summary) -> 
 
 
 def _console() -> Console:
+    from rich.console import Console
+
     # A pipe or file has no width: wide enough for the tables rather than rich's 80 columns.
     width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 150
     return Console(width=width, highlight=False)
@@ -135,6 +142,12 @@ def run(argv: Sequence[str] | None = None) -> None:
         CompareError: the request cannot be answered.
     """
     arguments = build_parser().parse_args(argv)
+    from steps_to_target.output.text import render_profile, render_table
+    from steps_to_target.reading.load import load
+    from steps_to_target.scoring import performance_profile
+    from steps_to_target.summary import summarize
+    from steps_to_target.targets import parse_override
+
     targets = dict(parse_override(text) for text in arguments.target)
     loaded = load(arguments.runs, targets=targets)
     runs = _chosen(loaded.runs, arguments.workloads)

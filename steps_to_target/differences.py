@@ -55,9 +55,8 @@ def grouped(warnings: Iterable[Caution]) -> list[str]:
             parts = [f"{_some(names, 'like it')}: {text}" for text, names in details.items()]
             lines.append(f"{kind}: " + "; ".join(parts))
         else:
-            lines.append(
-                f"{kind}: {len(subjects)} of them, {_some(subjects, 'like it')} (the first: {first})"
-            )
+            names = _some(subjects, "like it")
+            lines.append(f"{kind}: {len(subjects)} in all: {names} (the first: {first})")
     return lines
 
 

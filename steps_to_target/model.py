@@ -106,8 +106,8 @@ class Run:
 
     ``steps``, ``seconds`` and ``values`` (each shape ``(evaluations,)``) are the surviving
     trajectory: evaluations that a resume rolled back are left out. ``values`` is the validation
-    metric, ``test_values`` the test metric, NaN where it was not logged. ``metrics`` are the names of
-    all validation metrics in the log.
+    metric, ``test_values`` the test metric, NaN where it was not logged. ``metrics`` names all
+    validation metrics in the log.
     """
 
     identity: Identity

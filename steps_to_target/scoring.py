@@ -31,7 +31,7 @@ class Profile:
 
     Attributes:
         measure: what the ratios are of.
-        workloads: the named subset; a workload whose runs have several targets counts once for each.
+        workloads: the named subset; a workload with several targets counts once for each.
         taus: shape ``(points,)``.
         curves: fraction of workloads within tau, by method, each of shape ``(points,)``.
         scores: AlgoPerf benchmark score by method, in [0, 1].

@@ -222,7 +222,7 @@ def _paper_note(group: Group) -> str:
     return f"{text}, {side} the 95 % interval [{ratio.low:.3f}, {ratio.high:.3f}]"
 
 
-def _tables(runs: Sequence[Run]) -> dict[str, list[Run]]:
+def by_table(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Runs by workload and target; the name has the target where a workload has several."""
     found: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for run in runs:
@@ -267,7 +267,7 @@ def summarize(
     cautions: list[Caution] = []
     paper_notes: list[str] = []
     groups: list[Group] = []
-    for table, members in _tables(runs).items():
+    for table, members in by_table(runs).items():
         own = [
             _group(table, method, [run for run in members if run.method == method])
             for method in sorted({run.method for run in members})

@@ -59,12 +59,14 @@ _WORKLOADS: dict[str, tuple[str, float, float | None]] = {
 }
 
 # Directions by a metric's last word: "ctc_loss" falls as "loss" does.
-_FALLS = frozenset(
-    "bpb bpc bpd cer cost entropy err error fid loss mae mape mse nll perplexity ppl rmse wer".split()
-)
-_RISES = frozenset(
-    "acc accuracy ap auc auprc auroc bleu dice f1 iou map precision psnr r2 recall ssim".split()
-)
+_FALLS = {
+    "bpb", "bpc", "bpd", "cer", "cost", "entropy", "err", "error", "fid", "loss", "mae", "mape",
+    "mse", "nll", "perplexity", "ppl", "rmse", "wer",
+}  # fmt: skip
+_RISES = {
+    "acc", "accuracy", "ap", "auc", "auprc", "auroc", "bleu", "dice", "f1", "iou", "map",
+    "precision", "psnr", "r2", "recall", "ssim",
+}  # fmt: skip
 # Names that their last word alone does not decide.
 _WHOLE = {
     "error_rate": True,
@@ -75,7 +77,7 @@ _WHOLE = {
     "reciprocal_rank": False,
     "mean_reciprocal_rank": False,
 }
-_TURNED = frozenset("neg negative minus inverse inv anti non".split())
+_TURNED = frozenset(["neg", "negative", "minus", "inverse", "inv", "anti", "non"])
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ def _directed(
     if lower is None:
         return None, (
             f"whether {metric} has to fall or to rise is not known: say it with "
-            f"--target '{workload}:{metric}<={validation:g}' or '{workload}:{metric}>={validation:g}'"
+            f"--target '{workload}:{metric}<={validation:g}' (or >=)"
         )
     return Target(metric, validation, test, lower, source), ""
 

@@ -8,26 +8,26 @@ import re
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from steps_to_target.model import Crossing, Run
-from steps_to_target.scoring import Profile
+from steps_to_target.scoring import MAX_TAU, Profile
 from steps_to_target.statistics import Ratio, Stat
-from steps_to_target.summary import Group as MethodGroup
-from steps_to_target.summary import Summary
+from steps_to_target.summary import Group, Summary
 
 DASH = "-"
 _HOURS_FROM = 7200.0
 _WIDE = 150
 _NARROW = 100
+_ABSENT_SHOWN = 6
 _SECOND_LINE = re.compile(r" (?=± |\[|\(after |\(\d+ [a-z])")
 _INTERVAL_COMMA = re.compile(r"(?<=\d), (?=\d)")
 
 
-def in_hours(groups: list[MethodGroup]) -> bool:
+def in_hours(groups: list[Group]) -> bool:
     """Whether times of these groups read better in hours than in seconds."""
     means = [group.seconds.mean for group in groups if not math.isnan(group.seconds.mean)]
     return bool(means) and max(means) >= _HOURS_FROM
@@ -78,7 +78,7 @@ def ratio_text(ratio: Ratio | None, is_reference: bool = False) -> str:
     return f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
 
 
-def reached_text(group: MethodGroup) -> str:
+def reached_text(group: Group) -> str:
     """``3/5`` and how the others ended."""
     if group.paper:
         return DASH
@@ -86,7 +86,7 @@ def reached_text(group: MethodGroup) -> str:
     return f"{group.reached}/{len(group.runs)}" + (f" ({', '.join(others)})" if others else "")
 
 
-def algoperf_time(group: MethodGroup, hours: bool) -> str:
+def algoperf_time(group: Group, hours: bool) -> str:
     """Median over studies of the fastest trial, in which a miss is infinite."""
     if group.paper or math.isnan(group.algoperf_seconds):
         return DASH
@@ -101,7 +101,7 @@ def table_title(summary: Summary, table: str) -> str:
     return f"{group.workload}: {group.target.text if group.target else 'no target known'}"
 
 
-def method_rows(groups: list[MethodGroup]) -> list[list[str]]:
+def method_rows(groups: list[Group]) -> list[list[str]]:
     """Cells of the table of methods, one row per group."""
     hours = in_hours(groups)
     return [
@@ -252,32 +252,52 @@ def render_table(summary: Summary, *, runs: bool = False) -> Comparison:
     return Comparison(summary, runs)
 
 
-def render_profile(profile: Profile) -> Group:
+@dataclass(frozen=True)
+class Scores:
+    """AlgoPerf's benchmark score of each method as a rich renderable that fits its width."""
+
+    profile: Profile
+
+    def _rows(self, ratios: bool) -> tuple[tuple[str, ...], list[list[str]]]:
+        profile = self.profile
+        ordered = sorted(profile.scores, key=lambda name: -profile.scores[name])
+        rows = []
+        for method in ordered:
+            own = profile.ratios[method]
+            within = sum(ratio <= MAX_TAU for ratio in own.values())
+            cells = [method, f"{profile.scores[method]:.4f}", f"{within}/{len(own)}"]
+            if ratios:
+                cells += [f"{r:.3f}" if math.isfinite(r) else DASH for r in own.values()]
+            rows.append(cells)
+        names = tuple(f"{workload} ratio" for workload in profile.workloads) if ratios else ()
+        return ("method", "score", f"within {MAX_TAU:g}x", *names), rows
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        profile, width = self.profile, options.max_width
+        yield Text(
+            f"AlgoPerf benchmark score by {profile.measure} to target over "
+            f"{len(profile.workloads)} workload(s): {', '.join(profile.workloads)}",
+            style="bold",
+        )
+        columns, rows = self._rows(ratios=True)
+        widths = [max(map(len, cells)) + 2 for cells in zip(columns, *rows, strict=True)]
+        fits = sum(widths) <= width
+        if not fits:
+            columns, rows = self._rows(ratios=False)
+        yield _table(columns, rows, set(range(1, len(columns))), _WIDE)
+        if not fits:
+            yield Text("each workload's ratio to the best method: --json or --html")
+        if profile.absent:
+            shown = "; ".join(profile.absent[:_ABSENT_SHOWN])
+            more = len(profile.absent) - _ABSENT_SHOWN
+            yield Text(
+                f"no runs, counted as not reached: {shown}" + (f"; {more} more" if more > 0 else "")
+            )
+
+
+def render_profile(profile: Profile) -> Scores:
     """AlgoPerf's benchmark score of each method, with the workloads named."""
-    rows = [
-        [
-            method,
-            f"{profile.scores[method]:.4f}",
-            *(
-                f"{ratio:.3f}" if math.isfinite(ratio) else "not reached"
-                for ratio in profile.ratios[method].values()
-            ),
-        ]
-        for method in sorted(profile.scores, key=lambda name: -profile.scores[name])
-    ]
-    title = (
-        f"AlgoPerf benchmark score by {profile.measure} to target over "
-        f"{len(profile.workloads)} workload(s): {', '.join(profile.workloads)}"
-    )
-    columns = ("method", "score", *(f"{workload} ratio" for workload in profile.workloads))
-    right = set(range(1, len(columns)))
-    parts: list[RenderableType] = [
-        Text(title, style="bold"),
-        _table(columns, rows, right, _WIDE),
-    ]
-    if profile.absent:
-        parts.append(Text(f"no runs, counted as not reached: {'; '.join(profile.absent)}"))
-    return Group(*parts)
+    return Scores(profile)
 
 
 def to_text(renderable: RenderableType, width: int = 120) -> str:

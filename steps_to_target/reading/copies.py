@@ -15,7 +15,7 @@ _USUAL = (re.compile(r"trial_\d+"), re.compile(r".+_(jax|pytorch)"), re.compile(
 
 
 def _content(run: Run) -> tuple[object, ...]:
-    """What two copies share to the last bit: the times in it are those of one machine and moment."""
+    """What two copies share to the last bit; no two runs take the same time to the last bit."""
     arrays = (run.steps, run.seconds, run.values, run.test_values)
     target = run.target.key if run.target else None
     return (run.workload, target, *(array.tobytes() for array in arrays))

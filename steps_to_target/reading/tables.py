@@ -8,6 +8,7 @@ can be read is returned and what cannot is counted. A file that was saved again 
 
 from __future__ import annotations
 
+import csv
 import io
 import os
 import re
@@ -30,6 +31,7 @@ class Table:
     Attributes:
         frame: the wanted columns as float64, NaN for an empty cell or one that is no number.
         columns: all names in the header.
+        words: columns whose cells are all words, such as "tensor(0.5)".
         damaged: lines left out because they were half-written or of the wrong length.
         problem: why the file cannot be used; empty when it can.
         unreadable: the problem is the file's form (not that it is missing or empty).
@@ -37,6 +39,7 @@ class Table:
 
     frame: pd.DataFrame = field(default_factory=pd.DataFrame)
     columns: tuple[str, ...] = ()
+    words: set[str] = field(default_factory=set)
     damaged: int = 0
     problem: str = ""
     unreadable: bool = False
@@ -48,14 +51,6 @@ def number(text: object) -> float:
         return float(str(text))
     except ValueError:
         return np.nan
-
-
-def _numbers(cells: pd.Series) -> pd.Series:
-    """Float64 by Python's own conversion, which gives back every digit that was written."""
-    try:
-        return cells.where(cells != "", "nan").astype(np.float64)
-    except (ValueError, TypeError):
-        return cells.map(number).astype(np.float64)
 
 
 def _torn(lines: list[str]) -> bool:
@@ -77,14 +72,15 @@ def _whole_lines(lines: list[str], commas: int, ended: bool) -> list[str]:
     return whole
 
 
-def _foreign(name: str, cells: pd.Series, values: pd.Series) -> str:
-    """What is wrong with a column whose cells are no numbers (empty: nothing)."""
-    odd = cells[values.isna() & (cells != "")].map(str.strip)
-    odd = odd[~odd.str.lower().isin(["nan", name])]
-    notation = odd[odd.map(lambda cell: bool(_OTHER_NOTATION.fullmatch(cell)))]
-    if len(notation):
-        return f"has numbers in another notation ({notation.iloc[0]!r} in column {name})"
-    return ""
+def _numbers(name: str, cells: pd.Series) -> tuple[pd.Series, str]:
+    """A column as float64, and what is wrong with its cells (empty: nothing)."""
+    if cells.dtype.kind in "iuf":
+        return cells.astype(np.float64), ""
+    texts = [text.strip() for text in cells.dropna().map(str)]
+    for text in texts:
+        if text != name and _OTHER_NOTATION.fullmatch(text):
+            return cells, f"has numbers in another notation ({text!r} in column {name})"
+    return cells.map(number).astype(np.float64), ""
 
 
 def _read_text(path: str | os.PathLike[str]) -> tuple[str, Table | None]:
@@ -115,35 +111,41 @@ def read_csv(
     header, *lines = [line for line in text.split("\n") if line.strip("\0 \t")] or [""]
     if not header:
         return Table(problem="empty")
-    whole = _whole_lines(lines, header.count(","), text.endswith("\n"))
     try:
-        cells = pd.read_csv(
-            io.StringIO("\n".join([header, *whole])),
-            dtype=object,
-            na_filter=False,
-            index_col=False,
-            on_bad_lines="skip",
-        )
-    except (ValueError, pd.errors.ParserError):
+        names = [name.strip() for name in next(csv.reader([header]))]
+    except csv.Error:
+        names = []
+    if not any(names):
         return Table(problem="has no usable header", unreadable=True)
-    cells.columns = [str(name).strip() for name in cells.columns]
-    table = Table(columns=tuple(cells.columns), damaged=len(lines) - len(cells))
-    if STEP not in cells.columns:
+    if STEP not in names:
         others = [word for sign, word in _OTHER_SEPARATORS.items() if sign in header]
         form = f"is separated by {others[0]}, not by commas" if others else f"has no column {STEP}"
-        table.problem, table.unreadable = form, True
-        return table
-    if not len(cells) and table.damaged and (table.damaged > 1 or text.endswith("\n")):
+        return Table(columns=tuple(names), problem=form, unreadable=True)
+    whole = _whole_lines(lines, header.count(","), text.endswith("\n"))
+    cells = pd.read_csv(
+        io.StringIO("\n".join(whole)),
+        names=range(len(names)),
+        usecols=[names.index(name) for name in dict.fromkeys(names) if wanted(name)],
+        na_values=["", "nan", "NaN"],
+        keep_default_na=False,
+        index_col=False,
+        on_bad_lines="skip",
+        low_memory=False,
+    )
+    table = Table(columns=tuple(names), damaged=len(lines) - len(cells))
+    if cells.empty and table.damaged and (table.damaged > 1 or text.endswith("\n")):
         table.problem, table.unreadable = "has no line with as many cells as its header", True
         return table
-    chosen = [name for name in dict.fromkeys(cells.columns) if wanted(name)]
-    cells = cells.loc[:, ~cells.columns.duplicated()]
-    table.frame = pd.DataFrame({name: _numbers(cells[name]) for name in chosen}, dtype=np.float64)
-    for name in chosen:
-        table.problem = _foreign(name, cells[name], table.frame[name])
+    columns = {}
+    for position in cells:
+        name = names[position]
+        columns[name], table.problem = _numbers(name, cells[position])
+        if columns[name].isna().all() and cells[position].notna().any():
+            table.words.add(name)
         if table.problem:
-            table.unreadable, table.frame = True, pd.DataFrame()
-            break
+            table.unreadable = True
+            return table
+    table.frame = pd.DataFrame(columns, dtype=np.float64)
     return table
 
 

@@ -118,10 +118,13 @@ def _problem(
     """Why no metric can be had, for the evidence (empty: it can), and whether it is the form."""
     if target is not None and len(rows) and not _is_evaluation(rows, target).any():
         columns = evaluations.columns or measurements.columns
-        if target.column in columns:
-            return f"{target.column} is never a number", False
+        if target.column in columns:  # or it is NaN, which AlgoPerf writes as an empty cell
+            words = target.column in evaluations.words | measurements.words
+            return (f"{target.column} is never a number", True) if words else ("", False)
         have = ", ".join(name for name in columns if name.startswith("validation/")) or "none"
         return f"no column {target.column} in the log (validation columns: {have})", False
+    if STEP in evaluations.words:
+        return f"{STEP} is never a number", True
     named = ((folders.EVALUATIONS, evaluations), (folders.MEASUREMENTS, measurements))
     parts = [f"{name} {table.problem}" for name, table in named if table.problem]
     if not parts and rows.empty:

@@ -9,9 +9,8 @@ from typing import Any
 
 from steps_to_target.model import Identity
 
-
 DESCRIPTION = "steps_to_target_run"
-"""Config entry of a run that says what it is: identity, JSON files, and of a pushed one a digest."""
+"""Config entry that says what a run is: identity, JSON files, and of a pushed run a digest."""
 
 
 def describe(
