@@ -36,8 +36,8 @@ class Submission:
 def load(path: Path) -> Submission:
     """Imports a submission.
 
-    A path below the current folder is imported as a dotted module name, as AlgoPerf does; any
-    other one is loaded from its file.
+    A file that lies in a folder where Python looks for modules, or in a package, is imported as a
+    dotted module name, as AlgoPerf does; any other one is loaded from its file.
 
     Raises:
         QuickstartError: if there is no such file, it cannot be imported or a function is missing.
@@ -65,11 +65,13 @@ def load(path: Path) -> Submission:
 
 
 def _import(path: Path) -> Any:
-    here = Path.cwd()
     absolute = path.resolve()
-    if absolute.is_relative_to(here) and str(here) in (*sys.path, *map(str, map(Path, sys.path))):
-        parts = absolute.relative_to(here).with_suffix("").parts
-        if all(part.isidentifier() for part in parts):
+    folders = [Path(entry or ".").resolve() for entry in sys.path]
+    for folder in [f for f in folders if absolute.is_relative_to(f)] or [_above_package(absolute)]:
+        parts = absolute.relative_to(folder).with_suffix("").parts
+        if folder not in folders and len(parts) > 1:
+            sys.path.append(str(folder))  # a package, whose modules import each other
+        if all(part.isidentifier() for part in parts) and (folder in folders or len(parts) > 1):
             return importlib.import_module(".".join(parts))
     name = f"submission_{absolute.stem}"
     module_spec = importlib.util.spec_from_file_location(name, absolute)
@@ -79,3 +81,11 @@ def _import(path: Path) -> Any:
     sys.modules[name] = module
     module_spec.loader.exec_module(module)
     return module
+
+
+def _above_package(file: Path) -> Path:
+    """The folder that holds the outermost package around a file, else the file's own folder."""
+    folder = file.parent
+    while (folder / "__init__.py").is_file():
+        folder = folder.parent
+    return folder
