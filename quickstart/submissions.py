@@ -1,15 +1,19 @@
 """Loads a submission, the Python file with AlgoPerf's functions."""
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from quickstart.errors import QuickstartError
+from submission.algoperf_compat import spec
 
 _REQUIRED = ("get_batch_size", "init_optimizer_state", "update_params", "data_selection")
 
@@ -45,7 +49,8 @@ def load(path: Path) -> Submission:
     if path.suffix != ".py" or not path.is_file():
         raise QuickstartError(f"--submission_path: {path} is no Python file")
     try:
-        module = _import(path)
+        with _algoperf_stood_in_for():
+            module = _import(path)
     except Exception as error:  # whatever the file does when it is imported
         raise QuickstartError(
             f"--submission_path: cannot import {path}: {type(error).__name__}: {error}"
@@ -62,6 +67,31 @@ def load(path: Path) -> Submission:
         needs_train_state="train_state" in inspect.signature(module.update_params).parameters,
         **{name: getattr(module, name) for name in _REQUIRED},
     )
+
+
+@contextlib.contextmanager
+def _algoperf_stood_in_for() -> Iterator[None]:
+    """Lets a submission import `algoperf.spec`, with the values that this program's workloads use.
+
+    A copy of this project's submission would otherwise make values of its own, which are equal to
+    none of a workload's. Where AlgoPerf is installed it is left alone.
+    """
+    names = ("algoperf", "algorithmic_efficiency")
+    if any(importlib.util.find_spec(name) is not None for name in names):
+        yield
+        return
+    package, module = ModuleType("algoperf"), ModuleType("algoperf.spec")
+    for item in (package, module):
+        item.__spec__ = ModuleSpec(item.__name__, None)
+    package.__path__ = []
+    vars(module).update({k: getattr(spec, k) for k in dir(spec) if not k.startswith("_")})
+    package.spec = module  # type: ignore[attr-defined]
+    sys.modules |= {"algoperf": package, "algoperf.spec": module}
+    try:
+        yield
+    finally:
+        for name in ("algoperf", "algoperf.spec"):
+            del sys.modules[name]
 
 
 def _import(path: Path) -> Any:

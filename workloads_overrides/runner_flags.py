@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +166,8 @@ def _with_module_path(flags: RunnerFlags, working_directory: Path) -> RunnerFlag
         )
     for folder in (working_directory.resolve(), ROOT):
         if absolute.resolve().is_relative_to(folder):
+            if str(folder) not in sys.path:
+                sys.path.append(str(folder))
             relative = absolute.resolve().relative_to(folder)
             break
     else:
