@@ -4,6 +4,8 @@ Layouts (all levels above the trial may be given as the root, and the root may a
 
 - AlgoPerf's runner: ``<experiment_dir>/<experiment_name>/<workload>_<framework>/trial_<n>``;
 - published logs and the quickstart: ``<method>/study_<n>/<workload>_<framework>/trial_<n>``.
+
+A folder is a run when it holds AlgoPerf's files, not because of its name.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +31,53 @@ _WORKLOAD = re.compile(r"(.+)_(jax|pytorch)$")
 _STUDY = re.compile(r"study_(.+)$")
 _TIMESTAMP = re.compile(r"-(\d{4}(?:-\d{2}){5})$")
 _SIDE_FILE = re.compile(r"(hparams|meta_data_\d+|flags_\d+)\.json$")
-_SKIPPED = {"__pycache__", "node_modules", "site-packages", "wandb"}
+_HEADER_BYTES = 65_536
+# Folders that no run lies in: of archives, packages, network disks, and of wandb.
+_SKIPPED = {
+    "__MACOSX",
+    "__pycache__",
+    "node_modules",
+    "site-packages",
+    "wandb",
+    "lost+found",
+    "@eaDir",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+}
+_ARCHIVE = re.compile(r"_?archived?s?_?", re.IGNORECASE)
 
 
-def _is_trial(folder: str, files: Iterable[str]) -> bool:
-    names = set(files)
-    if names.intersection(LOG_FILES):
-        return True
-    path = Path(folder)
-    if not _TRIAL.match(path.name):
+@dataclass
+class Found:
+    """Trial folders, and folders that were passed over although runs may lie in them."""
+
+    trials: list[Path] = field(default_factory=list)
+    archives: list[Path] = field(default_factory=list)
+    empty: list[Path] = field(default_factory=list)
+
+
+def is_log(path: Path) -> bool:
+    """Whether a file is one of AlgoPerf's logs: it is called so and its header has a step."""
+    if path.name not in LOG_FILES or not path.is_file():
         return False
-    return bool(_WORKLOAD.match(path.parent.name)) or any(_SIDE_FILE.match(n) for n in names)
+    try:
+        with open(path, "rb") as stream:
+            return b"global_step" in stream.read(_HEADER_BYTES)
+    except OSError:
+        return False
 
 
-def _walk(root: Path) -> Iterator[str]:
-    """Trial folders below (or at) ``root``; symbolic links are followed, each folder once."""
+def _is_trial(folder: str, names: set[str]) -> bool:
+    """Whether a folder holds AlgoPerf's files: logs, or in a folder called trial_N any of them."""
+    logs = names.intersection(LOG_FILES)
+    side_files = any(_SIDE_FILE.match(name) for name in names)
+    if _TRIAL.match(os.path.basename(folder)):
+        return bool(logs) or side_files
+    return bool(logs) and (side_files or any(is_log(Path(folder, name)) for name in logs))
+
+
+def _walk(root: Path, found: Found) -> None:
+    """Look at and below ``root``; symbolic links are followed, each folder once."""
     seen: set[tuple[int, int]] = set()
     pending = [str(root)]
     while pending:
@@ -54,35 +88,47 @@ def _walk(root: Path) -> Iterator[str]:
                 continue
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(folder) as entries:
-                items = list(entries)
+                items = [item for item in entries if not item.name.startswith(".")]
+                folders = [item for item in items if item.is_dir()]
         except OSError:
             continue
-        if _is_trial(folder, (item.name for item in items if not item.name.startswith("."))):
-            yield folder
+        if _is_trial(folder, {item.name for item in items}):
+            found.trials.append(Path(folder))
             continue
-        for item in items:
-            if item.name.startswith(".") or item.name in _SKIPPED:
-                continue
-            try:
-                if item.is_dir():
-                    pending.append(item.path)
-            except OSError:
-                continue
+        if not items and _TRIAL.match(os.path.basename(folder)):
+            found.empty.append(Path(folder))
+        for item in folders:
+            if _ARCHIVE.fullmatch(item.name):
+                found.archives.append(Path(item.path))
+            elif item.name not in _SKIPPED:
+                pending.append(item.path)
 
 
-def find_trials(path: Path) -> list[Path]:
+def find_trials(path: Path) -> Found:
     """All trial folders at or below ``path`` (or the one that a log file given as path lies in).
 
+    Hidden folders and those of archives are passed over; given as ``path`` they are looked into.
+
     Raises:
-        CompareError: there is no such folder.
+        CompareError: there is nothing of that name, or it is a file and no log.
     """
     if not path.exists():
         raise CompareError(
             f"{path}: no such folder; give folders of runs (see --help for the layouts)"
         )
-    if path.is_file():
-        path = path.parent
-    return sorted(Path(found) for found in _walk(path.resolve()))
+    found = Found()
+    if not path.is_dir():
+        if not is_log(path):
+            raise CompareError(
+                f"{path} is no log of a run: give a folder of runs, {EVALUATIONS}, or a .wandb "
+                "file (archives have to be unpacked first)"
+            )
+        found.trials.append(path.resolve().parent)
+        return found
+    _walk(path.resolve(), found)
+    for places in (found.trials, found.archives, found.empty):
+        places.sort()
+    return found
 
 
 def read_json(path: Path) -> tuple[dict[str, Any], str]:

@@ -1,14 +1,21 @@
 """Folders: layouts, names, and what is made of damaged or partial ones."""
 
 import json
-import shutil
+import math
 
+import pandas as pd
 import pytest
 from make_fixtures import evaluation, rows_to, study_folder, write_csv, write_trial
 
 from steps_to_target import CompareError, Status, load_runs
+from steps_to_target.model import Ending
+from steps_to_target.reading.trial import find_ending
 
 EVALUATIONS, MEASUREMENTS = "eval_measurements.csv", "measurements.csv"
+
+
+def _notes(run):
+    return [str(note) for note in run.notes]
 
 
 def _one(path):
@@ -80,8 +87,9 @@ def test_timestamped_experiments_are_studies_of_one_method(tmp_path):
 
 
 def test_same_trial_in_two_places_is_told_apart(tmp_path):
-    for place in ("first", "second"):
-        write_trial(study_folder(tmp_path / place, "kfac", 0, "ogbg"), "ogbg", rows_to("ogbg", 100))
+    for step, place in ((100, "first"), (9000, "second")):
+        trial = study_folder(tmp_path / place, "kfac", 0, "ogbg")
+        write_trial(trial, "ogbg", rows_to("ogbg", step))
     assert {run.method for run in load_runs([tmp_path])} == {"first/kfac", "second/kfac"}
 
 
@@ -120,13 +128,13 @@ def test_resumes_are_counted_from_rows_and_from_files(tmp_path):
     trial = write_trial(study_folder(tmp_path, "mine", 0, "ogbg"), "ogbg", rows)
     run = _one(trial)
     assert (run.status, run.resumes) == (Status.REACHED, 1)
-    assert any("goes back in steps 1 time" in note for note in run.notes)
+    assert any("goes back in steps: 1 time" in note for note in _notes(run))
     for number in (1, 2):
         meta = json.loads((trial / "meta_data_0.json").read_text()) | {"gpu_model_name": "A100"}
         (trial / f"meta_data_{number}.json").write_text(json.dumps(meta))
     run = _one(trial)
     assert run.resumes == 2
-    assert any("other hardware: 8 x Tesla V100-SXM2-16GB, then 8 x A100" in n for n in run.notes)
+    assert any("hardware: 8 x Tesla V100-SXM2-16GB, then 8 x A100" in n for n in _notes(run))
 
 
 def test_evaluations_lost_from_one_file_are_taken_from_the_other(tmp_path):
@@ -136,7 +144,7 @@ def test_evaluations_lost_from_one_file_are_taken_from_the_other(tmp_path):
     (trial / EVALUATIONS).write_text("".join(lines[:4]) + lines[4][:20])
     run = _one(trial)
     assert run.crossing == whole.crossing
-    assert any("taken from measurements.csv" in note for note in run.notes)
+    assert any("taken from measurements.csv" in note for note in _notes(run))
     (trial / EVALUATIONS).unlink()
     assert _one(trial).crossing == whole.crossing
 
@@ -151,14 +159,55 @@ def test_long_measurements_are_read_whole_when_they_must_be(tmp_path):
     assert run.crossing == whole.crossing
 
 
-def test_self_tuning_has_half_as_much_time_again(tmp_path):
-    rows = rows_to("ogbg", None)
-    flags = {"tuning_ruleset": "self"}
+@pytest.mark.parametrize(
+    ("meta", "limit"),
+    [
+        ({}, 1.5 * 12_011),
+        ({"python_version": "3.11.10"}, 1.5 * 12_011),
+        ({"python_version": "3.8.10"}, 3 * 12_011),  # AlgoPerf v0.5's
+        ({"python_version": "3.9.1"}, 3 * 12_011),
+        ({"workload.max_allowed_runtime_sec": 18_477, "workload.step_hint": 80_000}, 3 * 18_477),
+    ],
+)
+def test_self_tuning_has_the_time_of_its_version(tmp_path, meta, limit):
     path = study_folder(tmp_path, "mine", 0, "ogbg")
-    run = _one(write_trial(path, "ogbg", rows, final_seconds=13_000.0, flags=flags))
-    assert run.status is Status.MISSED
-    run = _one(write_trial(path, "ogbg", rows, final_seconds=18_100.0, flags=flags))
-    assert run.status is Status.OUT_OF_TIME
+    for seconds, status in ((limit - 5, Status.MISSED), (limit + 5, Status.OUT_OF_TIME)):
+        write_trial(
+            path,
+            "ogbg",
+            rows_to("ogbg", None),
+            final_seconds=seconds,
+            flags={"tuning_ruleset": "self"},
+            meta=meta,
+        )
+        assert _one(path).status is status
+
+
+def test_final_row_is_told_from_evaluations_and_training_rows():
+    training, row = {"global_step": 5.0, "loss": 1.0}, evaluation("ogbg", 5, 9.0, 0.1)
+    last = {"global_step": 7.0, "score": 12.0, "preemption_count": 0.0}
+
+    def ending(*rows):
+        return find_ending(pd.DataFrame(rows, dtype=float), known=True)
+
+    assert ending(training, row | {"train/loss": 0.5}) == Ending(False, 5.0, 9.0, 0.5)
+    assert ending(training, row, last) == Ending(True, 7.0, 12.0, 0.03)
+    assert not ending(training, row, last, training).final_row
+    assert find_ending(pd.DataFrame(), known=False) == Ending(known=False)
+
+
+def test_loss_that_turned_nan_is_a_crash_though_algoperf_leaves_its_cell_empty(tmp_path):
+    rows = rows_to("ogbg", None)[:8]
+    trial = write_trial(study_folder(tmp_path, "mine", 0, "ogbg"), "ogbg", rows, final=False)
+    with (trial / MEASUREMENTS).open("a") as stream:
+        columns = (trial / MEASUREMENTS).read_text().splitlines()[0].count(",")
+        stream.write("99999" + "," * columns + "\n")
+    run = _one(trial)
+    assert run.status is Status.CRASHED
+    assert "training loss nan when the log stops" in run.evidence
+    rows[-1] |= {"train/loss": math.nan, "validation/mean_average_precision": math.nan}
+    write_trial(trial, "ogbg", rows, final=False)
+    assert _one(trial).status is Status.CRASHED
 
 
 def test_missing_folder_and_folder_without_runs(tmp_path):
@@ -215,9 +264,16 @@ def _break(kind, trial):
     elif kind == "json of another kind":
         for name in ("hparams.json", "meta_data_0.json", "flags_0.json"):
             (trial / name).write_text("[1, 2]")
-    elif kind == "nothing at all":
-        shutil.rmtree(trial)
-        trial.mkdir()
+    elif kind == "tensors in cells":
+        frame = pd.read_csv(path)
+        for name in ("global_step", "validation/mean_average_precision"):
+            frame[name] = [f"tensor({value}, device='cuda:0')" for value in frame[name]]
+        frame.to_csv(path, index=False)
+        (trial / MEASUREMENTS).unlink()
+    elif kind in ("semicolons", "decimal commas"):
+        frame = pd.read_csv(path)
+        frame.to_csv(path, sep=";" if kind == "semicolons" else ",", decimal=",", index=False)
+        (trial / MEASUREMENTS).unlink()
 
 
 @pytest.mark.parametrize(
@@ -227,16 +283,18 @@ def _break(kind, trial):
         ("header only", Status.CRASHED),
         ("one row", Status.CRASHED),
         ("no metric column", Status.UNREADABLE),
-        ("no step column", Status.CRASHED),
+        ("no step column", Status.UNREADABLE),
         ("nan metrics", Status.MISSED),
         ("half a line", Status.REACHED),
         ("duplicate steps", Status.REACHED),
         ("interleaved", Status.REACHED),
-        ("binary", Status.CRASHED),
+        ("binary", Status.UNREADABLE),
         ("folder in place of csv", Status.UNREADABLE),
         ("broken json", Status.REACHED),
         ("json of another kind", Status.REACHED),
-        ("nothing at all", Status.CRASHED),
+        ("semicolons", Status.UNREADABLE),
+        ("decimal commas", Status.UNREADABLE),
+        ("tensors in cells", Status.UNREADABLE),
     ],
 )
 def test_broken_input_gives_a_row_with_a_status_and_evidence(tmp_path, kind, status):

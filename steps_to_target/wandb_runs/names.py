@@ -3,8 +3,38 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
 
 from steps_to_target.model import Identity
+
+DESCRIPTION = "steps_to_target_run"
+"""Config entry that says what a run is: identity, JSON files, and of a pushed run a digest."""
+
+
+def describe(
+    identity: Identity,
+    *,
+    hparams: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    flags: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The config entry under ``DESCRIPTION``: all that a verdict needs beside the history.
+
+    A launcher writes it at the start of a run, so that the live run gives the same verdict as the
+    folder that it writes.
+
+    Args:
+        identity: which run it is.
+        hparams, meta, flags: the contents of the run's JSON files.
+    """
+    return {
+        "identity": asdict(identity),
+        "hparams": dict(hparams),
+        "meta": dict(meta),
+        "flags": dict(flags),
+    }
 
 
 def run_id(identity: Identity) -> str:

@@ -1,7 +1,8 @@
 """Read runs from wandb: offline folders, or the service through its API.
 
 Both runs that AlgoPerf logged itself (its flags and hyperparameters flat in the config) and runs
-that ``wandb_write`` pushed are understood. wandb is imported only here and only when needed.
+that ``push`` pushed or that a launcher described (``names.describe``) are understood. wandb is
+imported only here and only when needed.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from steps_to_target.csvfile import Row
-from steps_to_target.errors import CompareError
-from steps_to_target.judge import find_ending
-from steps_to_target.model import Identity, Run
-from steps_to_target.reader import assess
-from steps_to_target.targets import Target
+import pandas as pd
 
-PUSHED = "steps_to_target_run"
-"""Config entry of a pushed run: its identity, JSON files and digest."""
+from steps_to_target.errors import CompareError
+from steps_to_target.model import Identity, Run
+from steps_to_target.reading.tables import column
+from steps_to_target.reading.trial import Targets, assess, find_ending
+from steps_to_target.wandb_runs.names import DESCRIPTION
+
+SUFFIX = ".wandb"
+Row = dict[str, float]
 
 _BLOCK = 32_768
 _FILE_HEADER = 7
@@ -65,11 +67,11 @@ def load_wandb() -> Any:
 def offline_files(path: Path) -> list[Path]:
     """The ``run-*.wandb`` files at or below ``path``."""
     if path.is_file():
-        return [path] if path.suffix == ".wandb" else []
+        return [path] if path.suffix == SUFFIX else []
     found = []
     for folder, folders, files in os.walk(path):
         folders.sort()
-        found += [Path(folder, name) for name in sorted(files) if name.endswith(".wandb")]
+        found += [Path(folder, name) for name in sorted(files) if name.endswith(SUFFIX)]
     return found
 
 
@@ -186,29 +188,34 @@ def build_run(
     config: Mapping[str, Any],
     rows: list[Row],
     names: Mapping[str, str],
-    targets: Mapping[str, Target] | None,
+    targets: Targets | None,
+    starts: int = 1,
 ) -> Run:
     """Judge a wandb run from its config and history."""
-    pushed = config.get(PUSHED)
-    if isinstance(pushed, dict) and isinstance(pushed.get("identity"), dict):
-        own = pushed["identity"]
+    known = config.get(DESCRIPTION)
+    if isinstance(known, dict) and isinstance(known.get("identity"), dict):
+        own = known["identity"]
         fields = ("workload", "method", "study", "trial", "framework")
         identity = Identity(*(str(own.get(name, "")) for name in fields))
-        files = [pushed.get(name) for name in ("hparams", "meta", "flags")]
+        files = [known.get(name) for name in ("hparams", "meta", "flags")]
         hparams, meta, flags = (item if isinstance(item, dict) else {} for item in files)
     else:
         identity = _identity(config, names)
         hparams = {key: value for key, value in config.items() if key not in _FLAGS}
         flags = {key: value for key, value in config.items() if key in _FLAGS}
         meta = {}
-    evaluations = [row for row in rows if any(name.startswith("validation/") for name in row)]
+    log = pd.DataFrame(rows, dtype=float)
+    metrics = log[[name for name in log if name.startswith("validation/")]]
+    timed = column(log, "accumulated_submission_time", "total_duration").notna()
+    evaluations = log[metrics.notna().any(axis=1) | timed].reset_index(drop=True)
     return assess(
         identity,
         path,
         evaluations,
-        find_ending(rows, known=True),
-        problem="" if evaluations else "no row with a validation metric",
-        time_rows=rows,
+        log,
+        find_ending(log, known=True),
+        problem="no row with a validation metric" if evaluations.empty else "",
+        starts=starts,
         hparams=hparams,
         meta=meta,
         flags=flags,
@@ -216,18 +223,30 @@ def build_run(
     )
 
 
-def read_offline(path: Path, targets: Mapping[str, Target] | None = None) -> list[Run]:
-    """All offline wandb runs at or below ``path``."""
-    runs = []
+def read_offline(path: Path, targets: Targets | None = None) -> list[Run]:
+    """All offline wandb runs at or below ``path``; a run that was resumed has several files."""
+    parts: dict[str, list[tuple[Path, dict[str, Any], list[Row], dict[str, str]]]] = {}
     for file in offline_files(path):
         config, rows, names = read_records(file)
-        runs.append(build_run(str(file.resolve()), config, rows, names, targets))
+        parts.setdefault(names.get("id", "") or str(file), []).append((file, config, rows, names))
+    runs = []
+    for starts in parts.values():
+        file, config, rows, names = starts[-1]
+        if not _digest(config):  # what was pushed is whole each time
+            config = {key: value for _, other, _, _ in starts for key, value in other.items()}
+            rows = [row for _, _, own, _ in starts for row in own]
+        else:
+            starts = starts[-1:]
+        runs.append(build_run(str(file.resolve()), config, rows, names, targets, len(starts)))
     return runs
 
 
-def read_service(
-    path: str, targets: Mapping[str, Target] | None = None, *, api: Any = None
-) -> list[Run]:
+def _digest(config: Mapping[str, Any]) -> str:
+    known = config.get(DESCRIPTION)
+    return str(known.get("digest", "")) if isinstance(known, dict) else ""
+
+
+def read_service(path: str, targets: Targets | None = None, *, api: Any = None) -> list[Run]:
     """Runs of a project on wandb's service.
 
     Args:
@@ -254,7 +273,7 @@ def read_service(
         raise CompareError(f"wandb:{path} cannot be read: {lines[0]}") from error
 
 
-def _service_run(path: str, item: Any, targets: Mapping[str, Target] | None) -> Run:
+def _service_run(path: str, item: Any, targets: Targets | None) -> Run:
     rows = [_numbers(row) for row in item.scan_history()]
     names = {
         "id": str(item.id),

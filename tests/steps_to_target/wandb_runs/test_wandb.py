@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 from make_fixtures import rows_to, study_folder, write_trial
 
-from steps_to_target import CompareError, load_runs, summarize, wandb_environment, wandb_read
-from steps_to_target.wandb_names import run_group, run_id, run_name
-from steps_to_target.wandb_read import PUSHED, log_chunks, read_records, read_service
-from steps_to_target.wandb_write import run_config, run_history, run_summary
+from steps_to_target import CompareError, load_runs, summarize, wandb_environment
+from steps_to_target.wandb_runs import read as wandb_read
+from steps_to_target.wandb_runs.names import DESCRIPTION, run_group, run_id, run_name
+from steps_to_target.wandb_runs.push import run_config, run_history, run_summary
+from steps_to_target.wandb_runs.read import log_chunks, read_records, read_service
 
 
 def test_live_runs_are_named_as_pushed_ones():
@@ -143,7 +144,7 @@ def _folders(place):
 
 
 def test_push_offline_is_idempotent_and_reads_back(wandb_offline, tmp_path):
-    push = importlib.import_module("steps_to_target.wandb_write").push_to_wandb
+    push = importlib.import_module("steps_to_target.wandb_runs.push").push_to_wandb
     root = tmp_path / "runs"
     for method, step in (("nesterov", 16_000), ("kfac", 8_000)):
         write_trial(study_folder(root, method, 0, "ogbg"), "ogbg", rows_to("ogbg", step))
@@ -160,7 +161,7 @@ def test_push_offline_is_idempotent_and_reads_back(wandb_offline, tmp_path):
     config, rows, names = read_records(next((wandb_offline / "wandb").glob("*/run-*.wandb")))
     identity = next(r.identity for r in runs if run_id(r.identity) == names["id"])
     assert (names["name"], names["group"]) == (run_name(identity), run_group(identity))
-    assert config[PUSHED]["identity"]["workload"] == "ogbg"
+    assert config[DESCRIPTION]["identity"]["workload"] == "ogbg"
     assert rows[0]["global_step"] == 1
 
     back = load_runs([wandb_offline])
@@ -178,7 +179,7 @@ def test_push_offline_is_idempotent_and_reads_back(wandb_offline, tmp_path):
 
 
 def test_disabled_wandb_and_missing_folder_are_said(wandb_offline, monkeypatch, small_set):
-    push = importlib.import_module("steps_to_target.wandb_write").push_to_wandb
+    push = importlib.import_module("steps_to_target.wandb_runs.push").push_to_wandb
     runs = load_runs([small_set])
     with pytest.raises(CompareError, match="no such folder"):
         push(runs, summarize(runs), "project", folder=wandb_offline / "none")

@@ -45,7 +45,7 @@ details table { margin: .3rem 0 .6rem 1.2rem; font-size: .9em; }
 ratios{% endif %}. Steps and time to target are those of the first evaluation that meets the
 validation target; the true crossing lies between it and the evaluation before.</p>
 {% if workloads|length > 1 %}<nav>{% for item in workloads -%}
-<a href="#w-{{ item.name }}">{{ item.name }}</a>
+<a href="#{{ item.anchor }}">{{ item.name }}</a>
 {%- endfor %}</nav>{% endif %}
 {% if warnings %}
 <h2>Warnings</h2>
@@ -56,7 +56,7 @@ validation target; the true crossing lies between it and the evaluation before.<
 <ul class="notes">{% for text in notes %}<li>{{ text }}</li>{% endfor %}</ul>
 {% endif %}
 {% for item in workloads %}
-<h2 id="w-{{ item.name }}">{{ item.title }}</h2>
+<h2 id="{{ item.anchor }}">{{ item.title }}</h2>
 <div class="scroll"><table>
 <caption>Mean and standard error over repetitions that reached the target; ratio of means with
 95&nbsp;% bootstrap interval; AlgoPerf time: fastest trial of each study, median over studies.

@@ -14,16 +14,23 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from steps_to_target.errors import CompareError
-from steps_to_target.export import plain, run_record
 from steps_to_target.model import Run
+from steps_to_target.output.export import plain, run_record
 from steps_to_target.summary import Summary, seconds_to_target, step_to_target
-from steps_to_target.wandb_names import run_group, run_id, run_name, run_tags
-from steps_to_target.wandb_read import PUSHED, load_wandb, offline_files, read_records
+from steps_to_target.wandb_runs.names import (
+    DESCRIPTION,
+    describe,
+    run_group,
+    run_id,
+    run_name,
+    run_tags,
+)
+from steps_to_target.wandb_runs.read import load_wandb, offline_files, read_records
 
 _PATIENCE = 60.0  # seconds
 
@@ -50,8 +57,9 @@ def run_summary(run: Run, summary: Summary) -> dict[str, Any]:
     ``*_ratio_to_reference`` is this run over the reference method's mean, ``method_*_ratio`` the
     ratio of means with its bootstrap interval.
     """
-    groups = {group.method: group for group in summary.of(run.workload) if not group.paper}
-    own, base = groups[run.method], groups.get(summary.reference or "")
+    own = next(group for group in summary.groups if any(r.path == run.path for r in group.runs))
+    beside = {group.method: group for group in summary.of(own.table) if not group.paper}
+    base = beside.get(summary.reference or "")
     entries: dict[str, float | str | None] = {
         "status": str(run.status),
         "evidence": run.evidence,
@@ -104,7 +112,6 @@ def run_history(run: Run) -> list[dict[str, float]]:
 
 def run_config(run: Run) -> dict[str, Any]:
     """Config: what to filter and group by, the hyperparameters, and the run's JSON files."""
-    files = {"hparams": run.hparams, "meta": run.meta, "flags": run.flags}
     config = {
         "workload": run.workload,
         "method": run.method,
@@ -112,7 +119,7 @@ def run_config(run: Run) -> dict[str, Any]:
         "trial": run.trial,
         "framework": run.framework,
         "hyperparameters": dict(run.hparams),
-        PUSHED: {"identity": asdict(run.identity)} | {name: dict(d) for name, d in files.items()},
+        DESCRIPTION: describe(run.identity, hparams=run.hparams, meta=run.meta, flags=run.flags),
     }
     cleaned: dict[str, Any] = plain(config)
     return cleaned
@@ -125,7 +132,7 @@ def _digest(config: Mapping[str, Any], history: Any, entries: Any, run: Run) -> 
 
 
 def _config_digest(config: Mapping[str, Any]) -> str:
-    pushed = config.get(PUSHED)
+    pushed = config.get(DESCRIPTION)
     return str(pushed.get("digest", "")) if isinstance(pushed, dict) else ""
 
 
@@ -137,7 +144,7 @@ def _offline_folders(folder: Path, project: str) -> dict[str, list[tuple[Path, s
             continue
         config, _, names = read_records(file)
         digest = _config_digest(config)
-        if digest and config[PUSHED].get("project") == project:
+        if digest and config[DESCRIPTION].get("project") == project:
             found.setdefault(names.get("id", ""), []).append((file.parent, digest))
     return found
 
@@ -231,9 +238,9 @@ def push_to_wandb(
     for run in runs:
         config, entries = run_config(run), run_summary(run, summary)
         identifier = run_id(run.identity)
-        config[PUSHED]["project"] = project
+        config[DESCRIPTION]["project"] = project
         digest = _digest(config, run_history(run), entries, run)
-        config[PUSHED]["digest"] = digest
+        config[DESCRIPTION]["digest"] = digest
         owner = f"{entity}/" if entity else ""
         old = before.get(identifier, [])
         known = [item[1] for item in old]

@@ -23,7 +23,8 @@ from steps_to_target import (
     write_html,
     write_json,
 )
-from steps_to_target.plots import mean_curve, workload_figure
+from steps_to_target.output.panels import mean_curve
+from steps_to_target.output.plots import table_figure
 
 MAGIC = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
 
@@ -92,12 +93,16 @@ def test_pictures(small_set, tmp_path, suffix):
 
 def test_picture_shows_each_method_target_and_crossings(small_set):
     runs = load_runs([small_set])
-    steps, times, parts = workload_figure("ogbg", runs).axes
+    runs = [run for run in runs if run.workload == "ogbg"]
+    methods = ["adamw", "kfac_reduce", "nesterov"]
+    steps, times, parts = table_figure("ogbg", runs, methods).axes
     for axes in (steps, times):
         lines = {line.get_label(): line for line in axes.get_lines()}
         assert {"nesterov (3)", "kfac_reduce (3)", "adamw (4)"} <= set(lines)
         looks = [lines[name] for name in ("nesterov (3)", "kfac_reduce (3)", "adamw (4)")]
         assert len({str(line.get_linestyle()) + line.get_marker() for line in looks}) == 3
+        named = {"nesterov (3)", "kfac_reduce (3)", "adamw (4)"}
+        assert named <= {text.get_text() for text in axes.texts}
         level = [line for line in axes.get_lines() if set(line.get_ydata()) == {0.28098}]
         assert len(level) == 1
     marks = [line for line in steps.get_lines() if line.get_linestyle() == "None"]
@@ -121,8 +126,8 @@ def test_odd_names_in_pictures(tmp_path, recwarn):
         write_trial(trial, "ogbg", rows_to("ogbg", 9000), timed=True)
     runs = load_runs([tmp_path])
     assert plot_runs(runs, tmp_path / "x.png").stat().st_size > 0
-    legend = workload_figure("ogbg", runs).axes[0].get_legend()
-    assert len(legend.get_texts()) == len(methods)
+    names = table_figure("ogbg", runs, sorted(run.method for run in runs)).axes[0].texts
+    assert len(names) == len(methods) + 1  # and the target's
     assert not recwarn.list
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import os
@@ -12,9 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from steps_to_target.errors import CompareError
 from steps_to_target.model import Crossing, Run
-from steps_to_target.reader import hardware
+from steps_to_target.reading.metadata import hardware
 from steps_to_target.scoring import performance_profile
 from steps_to_target.statistics import Ratio, Stat
 from steps_to_target.summary import Group, Summary
@@ -94,7 +94,7 @@ def run_record(run: Run) -> dict[str, Any]:
         "hardware": hardware(run.meta),
         "seconds_by_part": dict(run.time_parts),
         "hyperparameters": dict(run.hparams),
-        "notes": list(run.notes),
+        "notes": [str(note) for note in run.notes],
     }
     cleaned: dict[str, Any] = plain(record)
     return cleaned
@@ -120,6 +120,7 @@ def group_record(group: Group) -> dict[str, Any]:
     """One method on one workload, for JSON. A median that is null was not reached."""
     record = {
         "workload": group.workload,
+        "target": group.target.text if group.target else None,
         "method": group.method,
         "paper": group.paper,
         "is_reference": group.is_reference,
@@ -162,6 +163,7 @@ def write_json(
         "runs": [run_record(run) for run in runs],
         "benchmark_score": plain(scores),
         "warnings": list(summary.warnings),
+        "warnings_in_full": list(summary.cautions),
         "paper_notes": list(summary.paper_notes),
     }
     text = json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False)
@@ -198,13 +200,11 @@ CSV_COLUMNS = (
 
 def write_csv(runs: Sequence[Run], path: str | os.PathLike[str]) -> Path:
     """Write one row per run; an empty cell means not reached or not logged."""
-    stream = io.StringIO(newline="")
-    writer = csv.DictWriter(stream, CSV_COLUMNS, extrasaction="ignore")
-    writer.writeheader()
+    rows = []
     for run in runs:
         record = run_record(run)
         validation, test = record["validation"] or {}, record["test"] or {}
-        writer.writerow(
+        rows.append(
             record
             | {
                 "steps_to_target": validation.get("step"),
@@ -218,4 +218,5 @@ def write_csv(runs: Sequence[Run], path: str | os.PathLike[str]) -> Path:
                 "notes": "; ".join(record["notes"]),
             }
         )
-    return write_atomically(path, stream.getvalue().encode("utf-8", errors="replace"))
+    text = pd.DataFrame(rows, columns=CSV_COLUMNS, dtype=object).to_csv(index=False)
+    return write_atomically(path, text.encode("utf-8", errors="replace"))

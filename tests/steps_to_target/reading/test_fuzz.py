@@ -125,7 +125,8 @@ def _check(root):
             later > earlier for earlier, later in zip(run.steps, run.steps[1:], strict=False)
         )
         if run.crossing:
-            assert run.target.met(run.crossing.value, run.target.validation)
+            goal, value = run.target.validation, run.crossing.value
+            assert value <= goal if run.target.lower_is_better else value >= goal
             before = run.crossing.previous_step
             assert before is None or before < run.crossing.step
     summary = summarize(runs, runs[0].method)

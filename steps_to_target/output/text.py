@@ -8,26 +8,26 @@ import re
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from steps_to_target.model import Crossing, Run
-from steps_to_target.scoring import Profile
+from steps_to_target.scoring import MAX_TAU, Profile
 from steps_to_target.statistics import Ratio, Stat
-from steps_to_target.summary import Group as MethodGroup
-from steps_to_target.summary import Summary
+from steps_to_target.summary import Group, Summary
 
 DASH = "-"
 _HOURS_FROM = 7200.0
 _WIDE = 150
 _NARROW = 100
+_ABSENT_SHOWN = 6
 _SECOND_LINE = re.compile(r" (?=± |\[|\(after |\(\d+ [a-z])")
 _INTERVAL_COMMA = re.compile(r"(?<=\d), (?=\d)")
 
 
-def in_hours(groups: list[MethodGroup]) -> bool:
+def in_hours(groups: list[Group]) -> bool:
     """Whether times of these groups read better in hours than in seconds; the paper's aside."""
     own = [group.seconds.mean for group in groups if not group.paper]
     means = [mean for mean in own if not math.isnan(mean)]
@@ -81,7 +81,7 @@ def ratio_text(ratio: Ratio | None, is_reference: bool = False, percent: bool = 
     return f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
 
 
-def reached_text(group: MethodGroup) -> str:
+def reached_text(group: Group) -> str:
     """``3/5`` and how the others ended."""
     if group.paper:
         return DASH
@@ -89,7 +89,7 @@ def reached_text(group: MethodGroup) -> str:
     return f"{group.reached}/{len(group.runs)}" + (f" ({', '.join(others)})" if others else "")
 
 
-def algoperf_time(group: MethodGroup, hours: bool) -> str:
+def algoperf_time(group: Group, hours: bool) -> str:
     """Median over studies of the fastest trial, in which a miss is infinite."""
     if group.paper or math.isnan(group.algoperf_seconds):
         return DASH
@@ -98,18 +98,13 @@ def algoperf_time(group: MethodGroup, hours: bool) -> str:
     return "no time logged" if group.reached and not group.seconds.n else "not reached"
 
 
-def workload_title(summary: Summary, workload: str) -> str:
+def table_title(summary: Summary, table: str) -> str:
     """Workload and what has to be reached on it."""
-    targets = dict.fromkeys(
-        f"{run.target.column} {run.target.sign} {run.target.validation:.6g}"
-        for group in summary.of(workload)
-        for run in group.runs
-        if run.target
-    )
-    return f"{workload}: " + (" or ".join(targets) if targets else "no target known")
+    group = summary.of(table)[0]
+    return f"{group.workload}: {group.target.text if group.target else 'no target known'}"
 
 
-def method_rows(groups: list[MethodGroup]) -> list[list[str]]:
+def method_rows(groups: list[Group]) -> list[list[str]]:
     """Cells of the table of methods, one row per group."""
     hours = in_hours(groups)
     return [
@@ -177,10 +172,10 @@ def run_row(run: Run) -> list[str]:
     ]
 
 
-def _run_parts(workload: str, members: list[Run], width: int) -> list[RenderableType]:
+def _run_parts(table: str, members: list[Run], width: int) -> list[RenderableType]:
     """Table of single runs, and for those that did not reach the evidence for their status."""
     shown = members[:MAX_RUNS_SHOWN]
-    title = f"{workload}: single runs (the true crossing lies after the evaluation in brackets)"
+    title = f"{table}: single runs (the true crossing lies after the evaluation in brackets)"
     kept = len(RUN_COLUMNS) - (0 if width >= _NARROW else 2)
     rows = [run_row(run)[:kept] for run in shown]
     parts: list[RenderableType] = [
@@ -241,13 +236,13 @@ class Comparison:
         summary, width = self.summary, options.max_width
         # Without room the last two columns go; the JSON, CSV and HTML files have everything.
         kept = len(METHOD_COLUMNS) - (0 if width >= _WIDE else 2)
-        for workload in summary.workloads:
-            groups = summary.of(workload)
-            yield Text(workload_title(summary, workload), style="bold")
+        for table in summary.tables:
+            groups = summary.of(table)
+            yield Text(table_title(summary, table), style="bold")
             rows = [row[:kept] for row in method_rows(groups)]
             yield _table(METHOD_COLUMNS[:kept], rows, {2, 3, 4, 5, 6}, width)
             if self.runs:
-                yield from _run_parts(workload, [run for g in groups for run in g.runs], width)
+                yield from _run_parts(table, [run for g in groups for run in g.runs], width)
         yield from (Text(f"note: {note}") for note in summary.paper_notes)
         yield from (Text(f"warning: {text}", style="yellow") for text in summary.warnings)
 
@@ -262,32 +257,52 @@ def render_table(summary: Summary, *, runs: bool = False) -> Comparison:
     return Comparison(summary, runs)
 
 
-def render_profile(profile: Profile) -> Group:
+@dataclass(frozen=True)
+class Scores:
+    """AlgoPerf's benchmark score of each method as a rich renderable that fits its width."""
+
+    profile: Profile
+
+    def _rows(self, ratios: bool) -> tuple[tuple[str, ...], list[list[str]]]:
+        profile = self.profile
+        ordered = sorted(profile.scores, key=lambda name: -profile.scores[name])
+        rows = []
+        for method in ordered:
+            own = profile.ratios[method]
+            within = sum(ratio <= MAX_TAU for ratio in own.values())
+            cells = [method, f"{profile.scores[method]:.4f}", f"{within}/{len(own)}"]
+            if ratios:
+                cells += [f"{r:.3f}" if math.isfinite(r) else DASH for r in own.values()]
+            rows.append(cells)
+        names = tuple(f"{workload} ratio" for workload in profile.workloads) if ratios else ()
+        return ("method", "score", f"within {MAX_TAU:g}x", *names), rows
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        profile, width = self.profile, options.max_width
+        yield Text(
+            f"AlgoPerf benchmark score by {profile.measure} to target over "
+            f"{len(profile.workloads)} workload(s): {', '.join(profile.workloads)}",
+            style="bold",
+        )
+        columns, rows = self._rows(ratios=True)
+        widths = [max(map(len, cells)) + 2 for cells in zip(columns, *rows, strict=True)]
+        fits = sum(widths) <= width
+        if not fits:
+            columns, rows = self._rows(ratios=False)
+        yield _table(columns, rows, set(range(1, len(columns))), _WIDE)
+        if not fits:
+            yield Text("each workload's ratio to the best method: --json or --html")
+        if profile.absent:
+            shown = "; ".join(profile.absent[:_ABSENT_SHOWN])
+            more = len(profile.absent) - _ABSENT_SHOWN
+            yield Text(
+                f"no runs, counted as not reached: {shown}" + (f"; {more} more" if more > 0 else "")
+            )
+
+
+def render_profile(profile: Profile) -> Scores:
     """AlgoPerf's benchmark score of each method, with the workloads named."""
-    rows = [
-        [
-            method,
-            f"{profile.scores[method]:.4f}",
-            *(
-                f"{ratio:.3f}" if math.isfinite(ratio) else "not reached"
-                for ratio in profile.ratios[method].values()
-            ),
-        ]
-        for method in sorted(profile.scores, key=lambda name: -profile.scores[name])
-    ]
-    title = (
-        f"AlgoPerf benchmark score by {profile.measure} to target over "
-        f"{len(profile.workloads)} workload(s): {', '.join(profile.workloads)}"
-    )
-    columns = ("method", "score", *(f"{workload} ratio" for workload in profile.workloads))
-    right = set(range(1, len(columns)))
-    parts: list[RenderableType] = [
-        Text(title, style="bold"),
-        _table(columns, rows, right, _WIDE),
-    ]
-    if profile.absent:
-        parts.append(Text(f"no runs, counted as not reached: {'; '.join(profile.absent)}"))
-    return Group(*parts)
+    return Scores(profile)
 
 
 def to_text(renderable: RenderableType, width: int = 120) -> str:

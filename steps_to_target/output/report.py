@@ -13,12 +13,12 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
-from steps_to_target import text
-from steps_to_target.export import write_atomically
 from steps_to_target.model import Run
-from steps_to_target.plots import figure_bytes, profile_figure, workload_figure
-from steps_to_target.reader import hardware
-from steps_to_target.report_template import PAGE
+from steps_to_target.output import text
+from steps_to_target.output.export import write_atomically
+from steps_to_target.output.plots import figure_bytes, profile_figure, table_figure
+from steps_to_target.output.report_template import PAGE
+from steps_to_target.reading.metadata import hardware
 from steps_to_target.scoring import Profile, performance_profile
 from steps_to_target.summary import Group, Summary
 
@@ -48,7 +48,7 @@ def _run(run: Run) -> dict[str, Any]:
         "time": _two_lines(text.crossing_time(run.crossing)),
         "test_step": _two_lines(text.crossing_step(run.test_crossing)),
         "resumes": run.resumes,
-        "evidence": "; ".join((run.evidence, *run.notes)),
+        "evidence": "; ".join((run.evidence, *map(str, run.notes))),
         "hardware": hardware(run.meta),
         "hparams": [(str(name), _value(value)) for name, value in run.hparams.items()],
         "path": run.path,
@@ -83,20 +83,23 @@ def _profile(profile: Profile) -> dict[str, Any]:
 
 def render_page(runs: Sequence[Run], summary: Summary, title: str) -> str:
     """The page as text; everything that came from logs is escaped."""
+    methods = sorted({run.method for run in runs})
     workloads = []
-    for workload in summary.workloads:
-        groups = summary.of(workload)
+    for number, table in enumerate(summary.tables):
+        groups = summary.of(table)
         rows = zip(groups, text.method_rows(groups), strict=True)
         workloads.append(
             {
-                "name": workload,
-                "title": text.workload_title(summary, workload),
+                "name": table,
+                "anchor": f"table-{number}",
+                "title": text.table_title(summary, table),
                 "methods": [{"kind": _kind(group), "cells": cells} for group, cells in rows],
-                "picture": _picture(workload_figure(workload, runs)),
+                "picture": _picture(
+                    table_figure(table, [r for g in groups for r in g.runs], methods)
+                ),
                 "runs": [_run(run) for group in groups for run in group.runs],
             }
         )
-    methods = {run.method for run in runs}
     profile = _profile(performance_profile(summary)) if len(methods) > 1 else None
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return environment.from_string(PAGE).render(
