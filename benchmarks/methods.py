@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from benchmarks.models import Case
 from benchmarks.timing import Step
-from submission.kfac import Preconditioner, KFACConfig, kronecker_factors
+from submission.kfac import KFACConfig, Preconditioner, kronecker_factors
 from submission.optimizers import UPDATE_RULES
 
 APPROXES = ("expand", "reduce")

@@ -33,7 +33,8 @@ from experiments.paper import numbers
 from experiments.paper.sizes import PaperSize, missing_cifar
 from experiments.tables import Table, mean_and_error, plus_minus
 from quickstart.errors import QuickstartError
-from submission.kfac import KFAC, KFACConfig, convolution, layers
+from submission.kfac import KFACConfig, Preconditioner, tuning
+from submission.kfac.linalg.convolution import patches
 
 SMALL = ["--batch-sizes", "16", "32", "64", "128", "--repeats", "3"]
 PAPER_SIZE = PaperSize(
@@ -59,21 +60,21 @@ _FULL = ("sgd", "expand", "reduce", "expand, fast paths off", "reduce, fast path
 @contextmanager
 def fast_convolutions_off() -> Iterator[None]:
     """Convolutions' input factors from materialised patches, whatever their channels."""
-    before = layers.MIN_CHANNELS, convolution.FEWEST_SLICED_CHANNELS, convolution.patch_sum
-    layers.MIN_CHANNELS = convolution.FEWEST_SLICED_CHANNELS = 1 << 60
-    convolution.patch_sum = _sum_of_patches
+    before = tuning.FEWEST_SHIFTED_CHANNELS, patches.FEWEST_SLICED_CHANNELS, patches.patch_sum
+    tuning.FEWEST_SHIFTED_CHANNELS = patches.FEWEST_SLICED_CHANNELS = 1 << 60
+    patches.patch_sum = _sum_of_patches
     try:
         yield
     finally:
-        layers.MIN_CHANNELS, convolution.FEWEST_SLICED_CHANNELS, convolution.patch_sum = before
+        tuning.FEWEST_SHIFTED_CHANNELS, patches.FEWEST_SLICED_CHANNELS, patches.patch_sum = before
 
 
 def _sum_of_patches(
-    x: Tensor, geometry: tuple[convolution.DimensionGeometry, ...], groups: int
+    x: Tensor, geometry: tuple[patches.DimensionGeometry, ...], groups: int
 ) -> Tensor:
-    """What `convolution.patch_sum` computes, from the patches themselves."""
+    """What `patches.patch_sum` computes, from the patches themselves."""
     parts = torch.split(x, 16)  # examples, so that patches need little memory
-    summed = torch.cat([convolution.patches(part, geometry).sum(-1) for part in parts])
+    summed = torch.cat([patches.patches(part, geometry).sum(-1) for part in parts])
     return summed.reshape(len(x), groups, -1).movedim(1, 0)
 
 
@@ -83,7 +84,7 @@ def make_step(model: nn.Module, method: str) -> Step:
     kfac = None
     if method != "sgd":
         config = KFACConfig(kfac_approx=method, factor_update_steps=1, inverse_update_steps=1)
-        kfac = KFAC(model, config)
+        kfac = Preconditioner(model, config)
 
     def step(images: Tensor, classes: Tensor) -> None:
         optimizer.zero_grad()

@@ -16,6 +16,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from .kfac import KFACConfig
+from .kfac.blocks.diagonal import NORM_ROWS
+from .kfac.blocks.kronecker import BIASES
 from .kfac.config import FALLBACKS, FISHER_TYPES, KFAC_APPROXES, SMALLEST_DAMPING
 from .kfac.linalg.damping import DAMPING_KINDS
 from .kfac.linalg.kfac import RAGGED_SCALINGS

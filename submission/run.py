@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .hyperparameters import Hyperparameters
 from .kfac import Preconditioner
-from .kfac.ranks.collectives import rank, world_size
 from .kfac.discovery import unwrap
+from .kfac.ranks.collectives import rank, world_size
 from .schedules import schedule_shape
 from .training_log import TrainingLog
 

@@ -36,9 +36,9 @@ from .batch_structure import (
     targets_of,
 )
 from .hyperparameters import Hyperparameters
-from .kfac import Preconditioner, Likelihood
-from .kfac.ranks.collectives import world_size
+from .kfac import Likelihood, Preconditioner
 from .kfac.functional import kept_buffers
+from .kfac.ranks.collectives import world_size
 from .optimizers import UPDATE_RULES
 from .run import Run
 from .schedules import SCHEDULES
