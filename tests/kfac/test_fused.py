@@ -8,8 +8,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
-from submission.kfac import Preconditioner
-from submission.kfac import KFACConfig, Positions, curvature
+from submission.kfac import KFACConfig, Positions, Preconditioner, curvature
 
 
 def flat_tensors(output):

@@ -8,8 +8,7 @@ from nets import Mean, SpatialMean
 from observed import state_tensors
 from torch import nn
 
-from submission.kfac import Preconditioner
-from submission.kfac import Categorical, KFACConfig, curvature
+from submission.kfac import Categorical, KFACConfig, Preconditioner, curvature
 
 
 def check_unitwise(model, layer, x, class_dim=-1):

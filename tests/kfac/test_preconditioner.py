@@ -11,8 +11,7 @@ from nets import Mean
 from observed import FAILURES, assert_same_tensors, curvature_tensors
 from torch import nn
 
-from submission.kfac import Preconditioner
-from submission.kfac import KFACConfig, KFACError, curvature
+from submission.kfac import KFACConfig, KFACError, Preconditioner, curvature
 
 
 def net():

@@ -10,13 +10,13 @@ from observed import NoMemoryFor, assert_same_tensors, curvature_tensors
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from submission.kfac import Preconditioner
 from submission.kfac import (
     Bernoulli,
     Categorical,
     Gaussian,
     KFACConfig,
     Positions,
+    Preconditioner,
     Segments,
     SharingError,
     curvature,

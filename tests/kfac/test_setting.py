@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from nets import Mean, Pool, Tokens
 from torch import nn
 
-from submission.kfac import Preconditioner
 from submission.kfac import (
     Bernoulli,
     Categorical,
     Gaussian,
     KFACConfig,
+    Preconditioner,
     RaggedBatch,
     Segments,
     kronecker_factors,
