@@ -83,9 +83,10 @@ def test_the_transform_is_for_many_examples_and_shifts():
         assert correlations.prefers_transform(shape, shifts) == expected
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("way", ["products", "transform"])
 @pytest.mark.parametrize("seed", range(10))
-def test_the_transform_is_as_accurate_as_products_in_float32(seed):
+def test_shifted_products_are_as_accurate_as_float32_allows(seed, way, monkeypatch):
+    monkeypatch.setattr(correlations, "prefers_transform", lambda *args: way == "transform")
     torch.manual_seed(seed)
     x = torch.randn(16, 8, 12, 12).relu() + torch.randn(8, 1, 1)
     layer = nn.Conv2d(8, 4, 3, padding=1)
@@ -94,14 +95,20 @@ def test_the_transform_is_as_accurate_as_products_in_float32(seed):
     found = shifted_products.second_moment(x.float(), geometry, 1)
     plain = patches.patch_second_moment(x.float(), geometry, 1)
     error, usual = ((m.double() - truth).abs().max() for m in (found, plain))
-    assert error < max(10 * usual, 1e-6 * truth.abs().max())
+    if way == "transform":
+        assert error < max(10 * usual, 1e-6 * truth.abs().max())
+        return
+    # One product over all pixels, whose order is the BLAS's: some add up one after the other, with
+    # an error of up to u n Σ |x||y| for n terms (u = eps / 2).
+    terms = len(x) * 13 * 14  # pixels, and the zeros between the rows
+    sums = patches.patch_second_moment(x.abs(), geometry, 1)
+    assert error < torch.finfo(torch.float32).eps / 2 * terms * sums.max()
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {"stride": 2},
-        {"padding": 1, "padding_mode": "circular"},
         {"padding": 3},  # more padding than the kernel reaches over
     ],
 )
@@ -442,7 +449,7 @@ def test_shapes_are_had_on_the_meta_device():
 
 @pytest.mark.parametrize("how", ["plain", "checkpoint", "hooks", "autocast", "padded", "strided"])
 def test_an_input_that_is_written_into_gives_no_other_factor(how):
-    """Where the graph keeps it as it is, an error may say so, as the loss's pass would."""
+    """Statistics come from the backward pass: an input that is no longer there is refused."""
     mode = "circular" if how == "padded" else "zeros"
     conv = nn.Conv1d(4, 4, 3, padding=1, padding_mode=mode).float()
     x = torch.randn(5, 4, 7, dtype=torch.float32)
@@ -469,10 +476,8 @@ def test_an_input_that_is_written_into_gives_no_other_factor(how):
         return kfac.curvature()[""].input_covariance
 
     expected = step(False)
-    if how == "plain":
+    if how == "padded":  # a copy
+        torch.testing.assert_close(step(True), expected)
+    else:
         with pytest.raises(RuntimeError, match=r"written into|modified by an inplace operation"):
             step(True)
-    elif how == "checkpoint":  # which computes again, from what the input is now
-        assert torch.isfinite(step(True)).all()
-    else:
-        torch.testing.assert_close(step(True), expected)

@@ -161,8 +161,8 @@ class Convolutions(nn.Module):
     ids=["transposed", "groups"],
 )
 def test_a_weight_that_is_another_matrix_elsewhere_is_no_common_layer(first, second):
-    model, x = Convolutions(first, second, lambda m, x: m.first(x)), torch.randn(3, 4, 8)
-    x = x[:, : first.in_channels]
+    model = Convolutions(first, second, lambda m, x: m.first(x)).double()
+    x = torch.randn(3, first.in_channels, 8)
     kfac = Preconditioner(model, KFACConfig(fisher_type="type-2", factor_update_steps=1))
     (row,) = recorded(kfac, model, x).report()
     assert (row.preconditioner, row.reason) == ("K-FAC-expand", "")
