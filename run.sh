@@ -14,7 +14,8 @@ ALGOPERF_PIP="pip>=25"
 NEEDED_KB=3000000
 DRY_RUN=false
 
-export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+# Modules are this project's, whatever files the current folder holds.
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PYTHONUNBUFFERED=1
 
 usage() {
@@ -363,6 +364,8 @@ cmd_experiments() {
   else
     ready quickstart
   fi
+  # --paper --slurm sends its runs through submitit.
+  if [[ " $* " == *" --slurm"* ]]; then ready slurm; fi
   run exec "$VENV/bin/python" -m experiments "$@"
 }
 

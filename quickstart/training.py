@@ -7,7 +7,9 @@ evaluation ends the run.
 """
 
 import contextlib
+import os
 import random
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -187,20 +189,23 @@ class TrainingRun:
         return "submission" if stopped_by_submission else "steps"
 
     @contextlib.contextmanager
-    def _submissions_errors(self, what: str) -> Iterator[None]:
+    def _submissions_errors(self, what: str, trace: Path | None = None) -> Iterator[None]:
         """Turns an error of the submission into one line; its traceback goes into a file."""
         try:
             yield
         except QuickstartError:
             raise
         except Exception as error:
-            trace = self.folder / "error.txt"
-            trace.write_text(traceback.format_exc(), encoding="utf-8")
+            trace = trace or self.folder / "error.txt"
+            with contextlib.suppress(OSError):  # of a full disk, say; the message has to come out
+                trace.write_text(traceback.format_exc(), encoding="utf-8")
             message = " ".join(str(error).split()) or type(error).__name__
             raise QuickstartError(f"{what}: {message} (traceback: {trace})") from error
 
     def _init_optimizer_state(self, optimizer_rng: Any) -> dict[str, Any]:
-        with self._submissions_errors("the submission rejects its hyperparameters"):
+        # A run that is refused leaves nothing in its folder.
+        elsewhere = Path(tempfile.gettempdir()) / f"quickstart_error_{os.getpid()}.txt"
+        with self._submissions_errors("the submission rejects its hyperparameters", elsewhere):
             state = self.submission.init_optimizer_state(
                 self.workload, self.model, self.model_state, self.hyperparameters, optimizer_rng
             )

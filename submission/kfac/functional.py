@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .blocks.block import Collecting
 from .blocks.public import Curvature, KroneckerFactors
+from .blocks.structure import Structure
 from .config import KFACConfig
 from .discovery import found_in, structure_from, trainable_parameters, unwrap
 from .fisher.collect import Collection
@@ -117,6 +118,51 @@ def curvature(
         Name of a block -> `KroneckerFactors`; `UnitwiseCurvature` for scales and shifts;
         `DiagonalCurvature` for other parameters.
     """
+    _, found = blocks_and_curvature(
+        model,
+        inputs,
+        likelihood=likelihood,
+        kfac_approx=kfac_approx,
+        fisher_type=fisher_type,
+        mc_samples=mc_samples,
+        mask=mask,
+        sharing=sharing,
+        generator=generator,
+        targets=targets,
+        ragged_scaling=ragged_scaling,
+        bias=bias,
+        max_factor_side=max_factor_side,
+        layers_only=layers_only,
+        share=share,
+    )
+    return found
+
+
+def blocks_and_curvature(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    likelihood: Likelihood | str,
+    kfac_approx: str,
+    fisher_type: str = "mc",
+    mc_samples: int = 1,
+    mask: Tensor | None = None,
+    sharing: SharingRule = None,
+    generator: torch.Generator | None = None,
+    targets: Tensor | None = None,
+    ragged_scaling: str = "sqrt",
+    bias: str = "joint",
+    max_factor_side: int = 8192,
+    layers_only: bool = False,
+    share: float | None = None,
+    own_gradients: bool = True,
+) -> tuple[Structure, dict[str, Curvature]]:
+    """The blocks of a model as well as their curvature; arguments as in `curvature`.
+
+    Args:
+        own_gradients: also of blocks that need gradients of the parameters themselves, which may
+            take a pass for each example.
+    """
     if torch.is_inference_mode_enabled():
         raise RuntimeError("curvature needs gradients: call it outside of torch.inference_mode()")
     model = unwrap(model)
@@ -139,12 +185,15 @@ def curvature(
 
         def collection(approx: str) -> Collection:
             structure = structure_from(*found, parameters, config, approx)
-            names = [b.name for b in structure.blocks if b.has_factors or not layers_only]
+            names = [
+                b.name
+                for b in structure.blocks
+                if (b.has_factors or not layers_only)
+                and (own_gradients or not b.needs_own_gradients)
+            ]
             # Factors of few rows are formed last, divided already: their size is what they cost.
             collecting = Collecting(torch.empty(0, device=logits.device), ragged_scaling, uses=0)
-            return Collection(
-                recording, structure, names, parameters, collecting, sharing=sharing
-            )
+            return Collection(recording, structure, names, parameters, collecting, sharing=sharing)
 
         if kfac_approx == "auto":
             examples = collection("expand").numbers_of_examples().values()
@@ -177,8 +226,8 @@ def curvature(
         )
     divisor = None if divided or share is not None else terms
     scale = 1.0 if share is None else share
-    found_sums = collected.finish()
-    return {
+    structure, found_sums = collected.structure, collected.finish()
+    return structure, {
         name: found_sums[name].curvature([divisor], scale).public()
         for name in collected.names
         if name in found_sums

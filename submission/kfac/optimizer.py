@@ -1,9 +1,9 @@
 """KFAC as a `torch.optim.Optimizer`: an ordinary training loop with three changed lines.
 
-    optimizer = KFAC(model, lr=1e-2)
-    with optimizer.record():
-        loss = F.cross_entropy(model(x), y)
-    loss.backward(); optimizer.step(); optimizer.zero_grad()
+optimizer = KFAC(model, lr=1e-2)
+with optimizer.record():
+    loss = F.cross_entropy(model(x), y)
+loss.backward(); optimizer.step(); optimizer.zero_grad()
 """
 
 from __future__ import annotations

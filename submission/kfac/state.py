@@ -154,4 +154,3 @@ def _block_from_plain(plain: Mapping[str, Any], device: torch.device) -> BlockSt
 def _use_from_plain(plain: Mapping[str, Any]) -> Use:
     use: Use = tree.from_plain(plain, TYPES)
     return use
-

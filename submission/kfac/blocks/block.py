@@ -320,4 +320,3 @@ def write(
         torch._foreach_copy_(targets, sources)
     for tensor, changed in copied:
         tensor.copy_(changed)
-

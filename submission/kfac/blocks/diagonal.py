@@ -11,9 +11,18 @@ from torch import Tensor
 from ..linalg.inverses import FactorInverse
 from ..operations.operation import UnitOperation
 from ..operations.pieces import Piece
-from .block import Block, BlockCurvature, Collecting, Collector, HeardCall, Inverse, InverseSettings, Sums, as_real
+from .block import (
+    Block,
+    BlockCurvature,
+    Collecting,
+    Collector,
+    HeardCall,
+    Inverse,
+    InverseSettings,
+    Sums,
+    as_real,
+)
 from .public import DiagonalCurvature, UnitwiseCurvature
-
 
 NORM_ROWS = {
     "examples": "the gradient of an example, summed over its positions: exact blocks",

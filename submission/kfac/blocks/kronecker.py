@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
@@ -19,7 +20,16 @@ from ..linalg.moments import SecondMoment
 from ..operations.operation import LinearOperation, own_copy
 from ..operations.pieces import Matrix, Piece
 from ..operations.sharing import SharingError, count_rows, rows_per_example
-from .block import Block, BlockCurvature, Collecting, Collector, HeardCall, Inverse, InverseSettings, Sums
+from .block import (
+    Block,
+    BlockCurvature,
+    Collecting,
+    Collector,
+    HeardCall,
+    Inverse,
+    InverseSettings,
+    Sums,
+)
 from .public import KroneckerFactors
 
 BIASES = {
@@ -464,4 +474,3 @@ class KroneckerBlock(Block):
     def is_correctable(self) -> bool:
         """Whether it has a dense pair of factors, and so a basis to correct the eigenvalues in."""
         return not self.diagonal_input and not self.diagonal_gradient
-

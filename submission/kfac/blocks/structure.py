@@ -80,10 +80,7 @@ def check_excluded(exclude: Iterable[str], parameters: Iterable[str]) -> None:
         ValueError: one is not.
     """
     modules = {
-        name[:end]
-        for name in parameters
-        for end, letter in enumerate(name)
-        if letter == "."
+        name[:end] for name in parameters for end, letter in enumerate(name) if letter == "."
     }
     for key in exclude:
         if key not in modules:

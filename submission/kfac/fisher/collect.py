@@ -41,6 +41,7 @@ class Collection:
         precision: of products, see `linalg.precision.PRECISIONS`.
 
     Attributes:
+        structure: as given.
         out_of_memory: what was being done when memory ran out, in words; None if it did not. The
             sums are of no use then.
         examples: name of a block -> number of examples that its last call had.
@@ -58,7 +59,7 @@ class Collection:
         examples_share: float = 1.0,
         precision: str = "float32",
     ) -> None:
-        self._recording, self._structure = recording, structure
+        self._recording, self.structure = recording, structure
         self._parameters = parameters
         self._collecting = collecting
         self._sharing, self._share, self._precision = sharing, examples_share, precision
@@ -92,7 +93,7 @@ class Collection:
     @property
     def calls(self) -> list[Call]:
         """The calls that belong to blocks."""
-        roles = self._structure.roles
+        roles = self.structure.roles
         return [c for c in self._recording.calls if self._is_wanted(roles.get(c.use))]
 
     def _is_wanted(self, role: Any) -> bool:
@@ -102,13 +103,15 @@ class Collection:
         """Name of a block -> number of examples of its last call, before any gradient has come."""
         found = {}
         for call in self.calls:
-            role = self._structure.roles[call.use]
+            role = self.structure.roles[call.use]
             if call.inputs is not None and self._blocks[role.block].has_factors:
                 x = call.inputs
                 x = x if call.batch_dim is None else x.movedim(call.batch_dim, 0)
                 found[role.block] = number_of_examples(self._resolved(call, role.block, x), x)
                 folded = getattr(call.operation, "folded", None)
-                if folded is not None and isinstance(self._resolved(call, role.block, x), Positions):
+                if folded is not None and isinstance(
+                    self._resolved(call, role.block, x), Positions
+                ):
                     found[role.block] = folded[0]
         return found
 
@@ -127,7 +130,7 @@ class Collection:
 
     def hear(self, call: Call, g: Tensor) -> None:
         """Takes the gradient of a call's output."""
-        role = self._structure.roles.get(call.use)
+        role = self.structure.roles.get(call.use)
         if role is None or role.block not in self._blocks:
             return
         self._any_heard = True
@@ -163,9 +166,7 @@ class Collection:
         if self._is_last_pass:
             heard.x = call.inputs = None
 
-    def _first_heard(
-        self, call: Call, name: str, transposed: bool, g: Tensor
-    ) -> HeardCall:
+    def _first_heard(self, call: Call, name: str, transposed: bool, g: Tensor) -> HeardCall:
         x = call.inputs
         if x is not None and call.batch_dim is not None:
             x = x.movedim(call.batch_dim, 0)
@@ -296,4 +297,3 @@ class Collection:
         """Lets go of the graph and of all tensors."""
         self._recording.release()
         self._heard.clear()
-

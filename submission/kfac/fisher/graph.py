@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-
 NOT_REACHED = (
     "no recorded layer is in the graph of the logits: they belong to another forward pass than the "
     "last one inside record(), or were computed from detached outputs"

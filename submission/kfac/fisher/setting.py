@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
 
-from .likelihoods import Categorical, Likelihood
 from ..operations.sharing import RaggedBatch, Segments, SharingRule
+from .likelihoods import Categorical, Likelihood
 
 logger = logging.getLogger(__name__)
 

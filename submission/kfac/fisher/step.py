@@ -343,4 +343,3 @@ def _pad(total: Accumulated, empty: Mapping[str, Any]) -> None:
     if len(total.terms) > 1:
         for name, sums in total.sums.items():
             sums.pad(empty[name](len(total.terms)))
-

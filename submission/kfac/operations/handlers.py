@@ -7,10 +7,9 @@ is not used on a parameter in the way that it knows; then the function runs as i
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-
-import inspect
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .record import Recording
+    pass
 
 Handler = Callable[..., Any]
 HANDLERS: dict[Any, Handler] = {}

@@ -21,7 +21,6 @@ from ..linalg.moments import (
     write_outer_products,
 )
 from .sharing import (
-    Positions,
     Segments,
     Sharing,
     SharingError,
@@ -64,7 +63,9 @@ class LinearOperation(ABC):
         """[N, R] of the rows of an input for Positions, [rows] for Segments."""
 
     @abstractmethod
-    def add_second_moment(self, moment: SecondMoment, x: Tensor, sharing: Sharing, ones: bool) -> None:
+    def add_second_moment(
+        self, moment: SecondMoment, x: Tensor, sharing: Sharing, ones: bool
+    ) -> None:
         """Adds Σ a aᵀ over all rows (eq. 7); the moment's last side is that of the ones, or zero.
 
         `ones`: whether the rows end in a one; the moment has a side for it.

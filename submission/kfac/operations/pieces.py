@@ -142,7 +142,9 @@ class Alias:
             return None
         return Alias(self.name, made, self.numel)
 
-    def matrix(self, groups: tuple[int, ...], out: tuple[int, ...], into: tuple[int, ...]) -> Matrix:
+    def matrix(
+        self, groups: tuple[int, ...], out: tuple[int, ...], into: tuple[int, ...]
+    ) -> Matrix:
         """As matrices, from the dimensions that are groups, outputs and inputs."""
         ordered = self.view.permute(*groups, *out, *into)
         shape = tuple(

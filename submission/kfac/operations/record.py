@@ -23,16 +23,14 @@ from torch.overrides import TorchFunctionMode
 from .functions import (  # noqa: F401 - they register their handlers
     attention,
     convolution,
-    losses,
     lookup,
+    losses,
     norms,
     recurrent,
 )
 from .handlers import HANDLERS
+from .operation import LinearOperation, UnitOperation
 from .pieces import Alias, Piece, Tracker
-from .operation import LinearOperation
-from .sharing import Sharing
-from .operation import UnitOperation
 from .uses import Call, LinearUse, SeenLoss, Use
 
 Listener = Callable[[Call, Tensor], None]

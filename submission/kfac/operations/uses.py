@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
+from .operation import LinearOperation, UnitOperation
 from .pieces import Matrix, Piece
-from .operation import LinearOperation
 from .sharing import Sharing
-from .operation import UnitOperation
 
 
 @dataclass(frozen=True)

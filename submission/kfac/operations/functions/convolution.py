@@ -14,11 +14,11 @@ from ...linalg.convolution import patches, shifted_products
 from ...linalg.convolution.patches import DimensionGeometry
 from ...linalg.moments import SecondMoment, append_ones, border_with_ones
 from ..handlers import handles
-from ..pieces import Alias
-from .products import shifted
 from ..operation import NO_EXAMPLES, LinearOperation
+from ..pieces import Alias
 from ..sharing import Positions, Sharing, SharingError
 from ..uses import LinearUse
+from .products import shifted
 
 if TYPE_CHECKING:
     from ..record import Recording

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..handlers import handles
+from ..operation import UnitOperation
 from ..pieces import Alias
 from ..sharing import Positions, Segments, Sharing, SharingError, sum_rows
-from ..operation import UnitOperation
 from ..uses import UnitUse
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from torch import Tensor
 from ...linalg.moments import SecondMoment
 from ...tuning import LARGEST_DENSE_VOCABULARY
 from ..handlers import handles
-from ..pieces import Alias, Matrix
 from ..operation import LinearOperation, Rows
+from ..pieces import Alias, Matrix
 from ..sharing import (
     Positions,
     Segments,

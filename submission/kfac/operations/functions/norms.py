@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ...tuning import NORM_CHUNK_ELEMENTS
 from ..handlers import handles
-from ..sharing import Positions, Sharing, flatten_positions, sum_rows
 from ..operation import UnitOperation
+from ..sharing import Positions, Sharing, flatten_positions, sum_rows
 from ..uses import UnitUse
 
 if TYPE_CHECKING:
@@ -140,9 +140,7 @@ def group_norm(
     bias: Any = None, eps: float = 1e-5,
 ) -> Any:  # fmt: skip
     """Units are channels."""
-    operation = Normalisation(
-        lambda x: F.group_norm(x, num_groups, None, None, eps), channels=True
-    )
+    operation = Normalisation(lambda x: F.group_norm(x, num_groups, None, None, eps), channels=True)
     compute = lambda x: func(x, num_groups, weight, bias, eps)  # noqa: E731
     return _normalised(rec, weight, bias, input, compute, operation)
 
@@ -184,9 +182,7 @@ def instance_norm(
     )
 
     def compute(x: Tensor) -> Tensor:
-        y: Tensor = func(
-            x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
-        )
+        y: Tensor = func(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
         return y
 
     return _normalised(rec, weight, bias, input, compute, operation)

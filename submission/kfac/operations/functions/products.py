@@ -5,14 +5,14 @@ from __future__ import annotations
 import string
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
 import torch
+from torch import Tensor
 
-from .elementwise import record_shift
 from ..handlers import handles
-from ..pieces import Alias
 from ..operation import Rows
+from ..pieces import Alias
 from ..uses import LinearUse
+from .elementwise import record_shift
 
 if TYPE_CHECKING:
     from ..record import Recording
@@ -77,9 +77,7 @@ def addmm(
     if bias is not None and bias.view.numel() != groups * right.view.shape[-1]:
         return NotImplemented
     piece = None if bias is None else bias.piece
-    return _product(
-        rec, right, mat1, lambda x: func(input, x, mat2), on_right=True, bias=piece
-    )
+    return _product(rec, right, mat1, lambda x: func(input, x, mat2), on_right=True, bias=piece)
 
 
 def _product(
@@ -150,7 +148,9 @@ def einsum(rec: Recording, func: Any, equation: Any, *operands: Any) -> Any:
         return NotImplemented
     if len(rows) + len(into) + len(groups) != len(of_x):
         return NotImplemented
-    matrix = weight.matrix(*(tuple(of_weight.index(c) for c in some) for some in (groups, out, into)))
+    matrix = weight.matrix(
+        *(tuple(of_weight.index(c) for c in some) for some in (groups, out, into))
+    )
     operation = Rows(
         matrix.shape,
         x_order=tuple(of_x.index(c) for c in (*rows, *groups, *into)),

@@ -75,7 +75,7 @@ def cell(
     b_hh: Any = None,
 ) -> Any:  # fmt: skip
     """One step of a recurrent network."""
-    if rec.alias(w_ih) is None and rec.alias(w_hh) is None or inside_checkpoint():
+    if (rec.alias(w_ih) is None and rec.alias(w_hh) is None) or inside_checkpoint():
         return NotImplemented
     kind = func.__name__.removesuffix("_cell")
     state: State = tuple(hx) if kind == "lstm" else (hx,)
