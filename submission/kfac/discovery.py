@@ -83,7 +83,7 @@ def found_in(
     below: dict[torch.autograd.graph.Node, list[torch.autograd.graph.Node | None]] = {}
     for call in recording.calls:
         assert call.edge is not None
-        below.setdefault(call.edge.node, []).append(call.below)
+        below.setdefault(call.edge.node, []).extend(call.below)
     below.update({node: [call] for node, call in recording.bias_nodes.items()})
     beside = leaves_beside([output.grad_fn for output in outputs], below)
     others = {

@@ -227,8 +227,9 @@ def blocks_and_curvature(
     divisor = None if divided or share is not None else terms
     scale = 1.0 if share is None else share
     structure, found_sums = collected.structure, collected.finish()
+    blocks = structure.by_name
     return structure, {
-        name: found_sums[name].curvature([divisor], scale).public()
+        name: blocks[name].public(found_sums[name].curvature([divisor], scale))
         for name in collected.names
         if name in found_sums
     }

@@ -622,7 +622,7 @@ class Preconditioner:
         for block in self._structure.blocks:
             curvature = self._state.of(block).curvature
             if curvature is not None:
-                found[block.name] = curvature.public()
+                found[block.name] = block.public(curvature)
         return found
 
     def report(self) -> list[ReportRow]:

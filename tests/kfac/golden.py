@@ -3,8 +3,7 @@
 `python -m tests.kfac.golden` writes golden.pt anew: for every case and parameter the norm and three
 random projections of the first preconditioned gradient, and of the parameter after `STEPS` steps.
 With `--check` it compares instead, and prints the largest difference of each case as a multiple
-of what is allowed. The state in state_version_4.pt is of the engine's first format; it is not made
-anew.
+of what is allowed. The state in state_version_4.pt is of an older format, which is refused.
 """
 
 import sys
@@ -18,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from submission.kfac import Preconditioner  # the one place that names the class
-from submission.kfac import Bernoulli, Categorical, Gaussian, KFACConfig, Likelihood
+from submission.kfac import Bernoulli, Categorical, Gaussian, KFACConfig, Likelihood, Preconditioner
 
 sys.path.insert(0, str(Path(__file__).parent))
 import golden_models as models

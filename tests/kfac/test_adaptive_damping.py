@@ -6,13 +6,12 @@ import torch.nn.functional as F
 from nets import Mean
 from torch import nn
 
-from submission.kfac import Preconditioner
-from submission.kfac import KFACConfig
+from submission.kfac import KFACConfig, Preconditioner
 from submission.kfac.adaptive_damping import OMEGA, adapted_damping
 
 
 class Net(nn.Module):
-    """All kinds of parts: linear, convolution with groups, normalisation, a bare parameter."""
+    """All kinds of blocks: convolution with groups, linear, normalisation, a diagonal one."""
 
     def __init__(self):
         super().__init__()
@@ -21,9 +20,11 @@ class Net(nn.Module):
         self.norm = nn.LayerNorm(4)
         self.head = nn.Linear(4, 3, bias=False)
         self.shift = nn.Parameter(torch.randn(3))
+        self.other = nn.Parameter(torch.randn(3))
 
     def forward(self, x):
-        return self.head(self.norm(torch.tanh(self.linear(self.conv(x)))).mean(1)) + self.shift
+        h = self.norm(torch.tanh(self.linear(self.conv(x)))).mean(1)
+        return self.head(h) + self.shift + self.other.sinh()
 
 
 def trial_step(kfac_approx="expand", scale=1e-3):
@@ -63,9 +64,8 @@ def test_the_predicted_change_is_the_quadratic_model(kfac_approx):
 
     def joint(layer, groups=1):
         weight = steps[f"{layer}.weight"].flatten(1)
-        bias = steps.get(f"{layer}.bias")
-        matrix = weight if bias is None else torch.cat([weight, bias[:, None]], 1)
-        return matrix.reshape(groups, -1)
+        bias = steps["shift"] if layer == "head" else steps[f"{layer}.bias"]
+        return torch.cat([weight, bias[:, None]], 1).reshape(groups, -1)
 
     blocks = kfac.curvature()
     for layer, groups in (("conv", 2), ("linear", 1), ("head", 1)):
@@ -74,7 +74,7 @@ def test_the_predicted_change_is_the_quadratic_model(kfac_approx):
         expected += 0.5 * torch.einsum("gi,gij,gj->", step, dense, step)
     norm = torch.stack([steps["norm.weight"], steps["norm.bias"]], 1)
     expected += 0.5 * torch.einsum("ui,uij,uj->", norm, blocks["norm"].blocks, norm)
-    expected += 0.5 * (blocks["shift"].diagonal * steps["shift"].square()).sum()
+    expected += 0.5 * (blocks["other"].diagonal * steps["other"].square()).sum()
     assert predicted_change(kfac, trial) == pytest.approx(float(expected), rel=1e-9)
 
 

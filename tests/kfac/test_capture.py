@@ -7,8 +7,7 @@ import torch
 from nets import Mean
 from torch import nn
 
-from submission.kfac import Preconditioner
-from submission.kfac import KFACConfig, curvature, kronecker_factors
+from submission.kfac import KFACConfig, Preconditioner, curvature, kronecker_factors
 
 
 def net(inplace=False):
@@ -126,7 +125,9 @@ def test_layers_that_are_used_functionally_are_layers_all_the_same():
     blocks = curvature(model, x, **options)
     assert list(blocks) == ["used", "borrowed"]
     plain = nn.Sequential(model.used, model.borrowed)
-    for block, expected in zip(blocks.values(), curvature(plain, x, **options).values(), strict=True):
+    for block, expected in zip(
+        blocks.values(), curvature(plain, x, **options).values(), strict=True
+    ):
         torch.testing.assert_close(block.input_covariance, expected.input_covariance)
         torch.testing.assert_close(block.gradient_covariance, expected.gradient_covariance)
 

@@ -12,8 +12,7 @@ from processes import joined
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from submission.kfac import Preconditioner
-from submission.kfac import KFACConfig, Segments
+from submission.kfac import KFACConfig, Preconditioner, Segments
 
 STEPS = 6
 

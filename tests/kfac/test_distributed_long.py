@@ -17,8 +17,7 @@ from processes import joined
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from submission.kfac import Preconditioner
-from submission.kfac import KFACConfig, Segments
+from submission.kfac import KFACConfig, Preconditioner, Segments
 
 STEPS, EXAMPLES = 50, 10
 SHARES = {1: [10], 2: [7, 3], 4: [4, 1, 3, 2]}

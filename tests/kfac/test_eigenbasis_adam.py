@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from nets import Mean
 from torch import nn
 
-from submission.kfac import Preconditioner
-from submission.kfac import KFACConfig
+from submission.kfac import KFACConfig, Preconditioner
 from submission.optimizers import NAdamW
 
 BETAS, EPSILON = (0.9, 0.99), 1e-8

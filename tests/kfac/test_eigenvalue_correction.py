@@ -11,8 +11,7 @@ from nets import Mean
 from observed import preconditioner_matrix
 from torch import nn
 
-from submission.kfac import Preconditioner
-from submission.kfac import KFACConfig
+from submission.kfac import KFACConfig, Preconditioner
 
 
 def config(**options):

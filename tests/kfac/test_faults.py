@@ -10,8 +10,7 @@ from nets import Mean, Pool
 from observed import FAILURES, assert_same_tensors, curvature_tensors, live_tensors, state_tensors
 from torch import nn
 
-from submission.kfac import Preconditioner
-from submission.kfac import KFACConfig, KFACError, Segments
+from submission.kfac import KFACConfig, KFACError, Preconditioner, Segments
 
 
 def net(dtype=torch.float64):

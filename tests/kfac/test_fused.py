@@ -8,8 +8,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
-from submission.kfac import Preconditioner
-from submission.kfac import KFACConfig, Positions, curvature
+from submission.kfac import KFACConfig, Positions, Preconditioner, curvature
 
 
 def flat_tensors(output):
@@ -143,18 +142,29 @@ def test_padding_of_packed_sequences_does_not_count(layer, kfac_approx):
 
 @pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
 def test_one_step_of_a_recurrent_layer_is_exact(layer):
-    model = Last(layer(3, 2, batch_first=True))
+    assert_one_step_is_exact(Last(layer(3, 2, batch_first=True)), ("ih", "hh"))
+
+
+def test_one_step_of_an_lstm_with_projections_is_exact():
+    model = Last(nn.LSTM(3, 4, proj_size=2, batch_first=True))
+    model.head = nn.Linear(2, 2)
+    assert_one_step_is_exact(model, ("ih", "hh", "hr"))
+
+
+def assert_one_step_is_exact(model, maps):
+    """Of one example: a product of vectors."""
     x = torch.randn(1, 1, 3)
     blocks = curvature(model, x, likelihood="gaussian", kfac_approx="reduce", fisher_type="type-2")
-    for which in ("ih", "hh"):
+    for which in maps:
         name = f"layer.weight_{which}_l0"
-        names = [name, name.replace("weight", "bias")]
+        names = [name] if which == "hr" else [name, name.replace("weight", "bias")]
         truth = exact_ggn(model, names, (x,), lambda f: F.mse_loss(f, torch.zeros_like(f)))
         rows, columns = model.get_parameter(name).shape
         index = torch.arange(truth.shape[0])
-        order = torch.cat(
-            [index[: rows * columns].reshape(rows, columns), index[rows * columns :, None]], 1
-        ).flatten()
+        order = index[: rows * columns].reshape(rows, columns)
+        if len(names) == 2:
+            order = torch.cat([order, index[rows * columns :, None]], 1)
+        order = order.flatten()
         assert relative_error(blocks[name].to_dense(), truth[order][:, order]) <= 1e-12
 
 
@@ -343,54 +353,115 @@ def test_the_setting_is_detected_with_fused_modules(logits_of):
             )
 
 
-def weight_normed(module, name):
-    return nn.utils.parametrizations.weight_norm(module, name)
+class First(nn.Module):
+    """The first output of a module, averaged over positions, times a number."""
+
+    def __init__(self, layer, scale=1.0):
+        super().__init__()
+        self.layer, self.scale = layer, scale
+
+    def forward(self, x):
+        arguments = (x, x, x) if isinstance(self.layer, nn.MultiheadAttention) else (x,)
+        return self.scale * self.layer(*arguments)[0].mean(1)
 
 
-def patched(module):
-    original = module.forward
-    module.forward = lambda *a, **k: (original(*a, **k)[0] * 2, None)
-    return module
-
-
-UNUSUAL = {
-    "projections": (lambda: nn.LSTM(4, 4, proj_size=2, batch_first=True), "projections"),
-    "weight norm, recurrent": (
-        lambda: weight_normed(nn.GRU(4, 4), "weight_hh_l0"), "parametrisation",
-    ),
-    "weight norm, attention": (
-        lambda: weight_normed(nn.MultiheadAttention(4, 2), "in_proj_weight"), "parametrisation",
-    ),
-    "forward of the instance": (lambda: patched(nn.GRU(4, 4)), "replaced on the instance"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", list(UNUSUAL))
-def test_fused_modules_that_are_not_handled_run_as_they_are(case):
-    make, reason = UNUSUAL[case]
-    module = make()
-
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = module
-
-        def forward(self, x):
-            arguments = (x, x, x) if isinstance(module, nn.MultiheadAttention) else (x,)
-            return self.layer(*arguments)[0].mean(1)
-
-    model, x = Net(), torch.randn(5, 3, 4)
-    own_forward = vars(module).get("forward")
+def reasons_after_a_step(model, x):
+    """Name of a block without factors -> why."""
     expected = model(x)
     kfac = Preconditioner(model, KFACConfig())
     with kfac.record():
         logits = model(x)
     torch.testing.assert_close(logits, expected)
-    assert vars(module).get("forward") is own_forward
     kfac.update(logits, "gaussian")
     logits.square().sum().backward()
     kfac.precondition()
-    assert any(reason in row.reason for row in kfac.report())
+    return {row.name: row.reason for row in kfac.report() if row.reason}
+
+
+@pytest.mark.parametrize(
+    ("layer", "weight"),
+    [
+        (lambda: nn.MultiheadAttention(4, 2, batch_first=True), "in_proj_weight"),
+        (lambda: nn.GRU(4, 4), "weight_hh_l0"),
+    ],
+    ids=["attention", "recurrent"],
+)
+def test_a_weight_norm_is_a_weight_that_is_computed(layer, weight):
+    model = First(nn.utils.parametrizations.weight_norm(layer(), weight))
+    x, originals = torch.randn(5, 3, 4), f"layer.parametrizations.{weight}.original"
+    reasons = reasons_after_a_step(model, x)
+    blocks = curvature(model, x, likelihood="gaussian", kfac_approx="expand", fisher_type="type-2")
+    for name in (originals + "0", originals + "1"):
+        assert "used in torch's `weight_norm`" in reasons[name]
+        truth = exact_ggn(model, [name], (x,), lambda f: F.mse_loss(f, torch.zeros_like(f)))
+        torch.testing.assert_close(blocks[name].diagonal.flatten(), truth.diagonal())
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+def test_a_forward_that_was_replaced_is_seen_through(kfac_approx):
+    plain, patched = First(nn.GRU(4, 4), scale=2.0), First(nn.GRU(4, 4))
+    patched.load_state_dict(plain.state_dict())
+    original = patched.layer.forward
+    replacement = lambda *args: (2 * original(*args)[0], None)  # noqa: E731
+    patched.layer.forward = replacement
+    x = torch.randn(5, 3, 4)
+    options = {"likelihood": "gaussian", "kfac_approx": kfac_approx, "fisher_type": "type-2"}
+    expected = curvature(plain, x, **options)
+    assert expected.keys() == {"layer.weight_ih_l0", "layer.weight_hh_l0"}
+    for name, block in curvature(patched, x, **options).items():
+        torch.testing.assert_close(block.to_dense(), expected[name].to_dense())
+    assert patched.layer.forward is replacement
+
+
+class Cells(nn.Module):
+    """A cell, step by step; positions are the second dimension."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x):
+        state, outputs = None, []
+        for step in x.unbind(1):
+            state = self.cell(step, state)
+            outputs.append(state[0] if isinstance(state, tuple) else state)
+        return torch.stack(outputs, 1)
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+@pytest.mark.parametrize(
+    ("cell", "layer"),
+    [
+        (nn.LSTMCell, nn.LSTM),
+        (nn.GRUCell, nn.GRU),
+        (nn.RNNCell, nn.RNN),
+        (
+            lambda *sizes: nn.RNNCell(*sizes, nonlinearity="relu"),
+            lambda *sizes, **k: nn.RNN(*sizes, nonlinearity="relu", **k),
+        ),
+    ],
+    ids=["lstm", "gru", "tanh", "relu"],
+)
+def test_cells_have_the_factors_of_their_layer(cell, layer, kfac_approx):
+    model, whole = Cells(cell(3, 4)), nn.Sequential(layer(3, 4, batch_first=True), Output())
+    for name, parameter in model.cell.named_parameters():
+        whole[0].get_parameter(name + "_l0").data.copy_(parameter.data)
+    x = torch.randn(5, 6, 3)
+    torch.testing.assert_close(model(x), whole(x))
+    options = {"likelihood": "gaussian", "kfac_approx": kfac_approx, "fisher_type": "type-2"}
+    found, expected = (curvature(m, x, **options) for m in (model, whole))
+    assert found.keys() == {"cell.weight_ih", "cell.weight_hh"}
+    for name, block in found.items():
+        same = expected[name.replace("cell", "0") + "_l0"]
+        torch.testing.assert_close(block.input_covariance, same.input_covariance)
+        torch.testing.assert_close(block.gradient_covariance, same.gradient_covariance)
+
+
+class Output(nn.Module):
+    """Of a recurrent layer, without its state."""
+
+    def forward(self, outputs):
+        return outputs[0]
 
 
 def test_modules_that_are_excluded_run_as_they_are():

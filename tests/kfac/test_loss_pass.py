@@ -13,13 +13,13 @@ from observed import FisherPasses, NoMemoryFor, assert_same_tensors
 from observed import curvature_tensors as tensors_of
 from torch import nn
 
-from submission.kfac import Preconditioner
 from submission.kfac import (
     Bernoulli,
     Categorical,
     Gaussian,
     KFACConfig,
     Positions,
+    Preconditioner,
     curvature,
 )
 from submission.kfac.fisher.loss_pass import proportion

@@ -8,8 +8,14 @@ from nets import Mean, SpatialMean
 from observed import state_tensors
 from torch import nn
 
-from submission.kfac import Preconditioner
-from submission.kfac import Categorical, KFACConfig, curvature
+from submission.kfac import (
+    Categorical,
+    DiagonalCurvature,
+    KFACConfig,
+    Preconditioner,
+    UnitwiseCurvature,
+    curvature,
+)
 
 
 def check_unitwise(model, layer, x, class_dim=-1):
@@ -78,15 +84,18 @@ def test_batch_norm_on_vectors_with_running_statistics():
 
 
 class WithPositions(nn.Module):
+    """Parameters that are added, multiplied by, and used in some other way."""
+
     def __init__(self):
         super().__init__()
         self.linear = nn.Linear(3, 4)
         self.positions = nn.Parameter(torch.randn(1, 2, 4))
         self.scale = nn.Parameter(torch.randn(()))
+        self.other = nn.Parameter(torch.randn(2, 1))
         self.head = nn.Linear(4, 3)
 
     def forward(self, x):
-        h = torch.tanh(self.linear(x) + self.positions)
+        h = torch.tanh(self.linear(x) + self.positions) + self.other.sinh()
         return self.head(h.mean(1)) * self.scale
 
 
@@ -96,17 +105,31 @@ def exact_diagonal(model, name, x):
     return truth.diagonal().reshape(dict(model.named_parameters())[name].shape)
 
 
-@pytest.mark.parametrize("name", ["positions", "scale"])
-def test_diagonal_of_parameters_outside_layers_is_exact_with_all_outputs(name):
+def diagonal_of(block, kind):
+    assert isinstance(block, kind)
+    return (block.blocks if kind is UnitwiseCurvature else block.diagonal).flatten()
+
+
+KINDS = [
+    ("positions", UnitwiseCurvature),
+    ("scale", UnitwiseCurvature),
+    ("other", DiagonalCurvature),
+]
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_parameters_outside_layers_are_exact_with_all_outputs(name, kind, kfac_approx):
     model, x = WithPositions(), torch.randn(5, 2, 3)
     block = curvature(
-        model, x, likelihood="categorical", kfac_approx="expand", fisher_type="type-2"
+        model, x, likelihood="categorical", kfac_approx=kfac_approx, fisher_type="type-2"
     )[name]
-    torch.testing.assert_close(block.diagonal, exact_diagonal(model, name, x))
+    truth = exact_diagonal(model, name, x).flatten()
+    torch.testing.assert_close(diagonal_of(block, kind), truth)
 
 
-@pytest.mark.parametrize("name", ["positions", "scale"])
-def test_diagonal_of_parameters_outside_layers_is_unbiased_with_samples(name):
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_parameters_outside_layers_are_unbiased_with_samples(name, kind):
     model, x = WithPositions(), torch.randn(5, 2, 3)
     generator = torch.Generator().manual_seed(0)
     samples = 4000
@@ -118,13 +141,13 @@ def test_diagonal_of_parameters_outside_layers_is_unbiased_with_samples(name):
         mc_samples=samples,
         generator=generator,
     )[name]
-    truth = exact_diagonal(model, name, x)
+    truth = exact_diagonal(model, name, x).flatten()
     # A squared sum of about Gaussian gradients has a relative standard deviation of √2.
-    assert (block.diagonal / truth - 1).abs().max() < 5 * (2 / samples) ** 0.5
+    assert (diagonal_of(block, kind) / truth - 1).abs().max() < 5 * (2 / samples) ** 0.5
 
 
 class Table(nn.Module):
-    """A table of embeddings as a bare parameter, as in some recommendation models."""
+    """Rows of a parameter, in an operation that has no block with factors."""
 
     def __init__(self, rows=50, features=4):
         super().__init__()
@@ -132,7 +155,7 @@ class Table(nn.Module):
         self.head = nn.Linear(features, 3)
 
     def forward(self, index):
-        return self.head(self.table[index])
+        return self.head(self.table.sinh()[index])
 
 
 @pytest.mark.parametrize("fisher_type", ["type-2", "mc", "empirical"])
@@ -180,27 +203,29 @@ def test_a_large_parameter_is_preconditioned_and_resumed_by_row():
 # ---- parameters that are used besides their layer's calls, and complex ones ---------------------
 
 
-class HandTied(nn.Module):
-    """An embedding whose weight is multiplied with by hand for the logits, as in some GPTs."""
+class Computed(nn.Module):
+    """A layer whose weight is used otherwise, too."""
 
-    def __init__(self):
+    def __init__(self, use):
         super().__init__()
-        self.embedding, self.middle = nn.Embedding(6, 3), nn.Linear(3, 3)
+        self.embedding, self.middle, self.use = nn.Embedding(6, 3), nn.Linear(3, 3), use
 
     def forward(self, x):
-        return self.middle(self.embedding(x)) @ self.embedding.weight.T
+        return self.use(self.middle, self.embedding(x))
 
 
-class CalledByHand(nn.Module):
-    """A layer that is called as a module and besides through its forward method."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.middle = nn.Embedding(6, 3), nn.Linear(3, 6)
-
-    def forward(self, x):
-        h = self.embedding(x)
-        return self.middle.forward(h) + 0.5 * self.middle(h)
+OTHER_USES = {
+    "behind the layer": lambda m, h: m(h) @ m.weight.sinh(),
+    "before the layer": lambda m, h: m(h @ m.weight.sinh()),
+    "the layer's bias": lambda m, h: F.linear(h, m.weight, m.weight.sum(1)),
+    "a bias elsewhere": lambda m, h: F.linear(m(h), torch.eye(3), m.weight.sinh().sum(1)),
+    "a weight beside a bias": lambda m, h: F.linear(m(h), m.weight.sinh(), m.bias),
+    "added": lambda m, h: torch.addmm(m.weight.sinh().sum(0), m(h).flatten(0, 1), m.weight),
+    "a norm's scale": lambda m, h: F.layer_norm(m(h), (3,), m.weight.sinh().sum(0), m.bias),
+    "a convolution's": lambda m, h: F.conv1d(
+        m(h).mT, m.weight.sinh().unsqueeze(-1), m.bias
+    ).mT,
+}  # fmt: skip
 
 
 class Force(nn.Module):
@@ -217,17 +242,7 @@ class Force(nn.Module):
         return force
 
 
-@pytest.mark.parametrize(
-    ("model_class", "layer"),
-    [(HandTied, "embedding"), (CalledByHand, "middle"), (Force, "middle")],
-    ids=["hand tied", "called by hand", "gradient as output"],
-)
-def test_a_weight_with_other_uses_has_the_diagonal_of_all_of_them(model_class, layer, caplog):
-    model, x, name = model_class(), torch.randint(6, (4, 1)), f"{layer}.weight"
-    found = curvature(
-        model, x, likelihood="categorical", kfac_approx="expand", fisher_type="type-2"
-    )
-    assert layer not in found
+def diagonal_of_all_uses(model, x, name):
     logits, weight = model(x), model.get_parameter(name)
     jacobian = torch.stack([
         torch.autograd.grad(value, weight, retain_graph=True)[0].flatten()
@@ -235,7 +250,18 @@ def test_a_weight_with_other_uses_has_the_diagonal_of_all_of_them(model_class, l
     ])  # fmt: skip
     targets = torch.zeros(4, dtype=int)
     hessian = loss_hessian(logits, lambda f: F.cross_entropy(f.flatten(0, -2), targets))
-    truth = (jacobian.T @ hessian @ jacobian).diagonal()
+    return (jacobian.T @ hessian @ jacobian).diagonal()
+
+
+@pytest.mark.parametrize("case", [*OTHER_USES, "gradient as output"])
+def test_a_weight_with_other_uses_has_the_diagonal_of_all_of_them(case, caplog):
+    model = Computed(OTHER_USES[case]) if case in OTHER_USES else Force()
+    x, name = torch.randint(6, (4, 1)), "middle.weight"
+    found = curvature(
+        model, x, likelihood="categorical", kfac_approx="expand", fisher_type="type-2"
+    )
+    assert "middle" not in found
+    truth = diagonal_of_all_uses(model, x, name)
     torch.testing.assert_close(found[name].diagonal.flatten(), truth, rtol=1e-10, atol=1e-14)
     kfac = Preconditioner(model, KFACConfig(fisher_type="type-2"))
     for _ in range(2):
@@ -246,8 +272,57 @@ def test_a_weight_with_other_uses_has_the_diagonal_of_all_of_them(model_class, l
         kfac.precondition()
     rows = {row.name: row for row in kfac.report()}
     assert rows[name].preconditioner == "diagonal"
-    assert rows[name].reason
-    assert layer in caplog.text
+    assert "used in" in rows[name].reason
+    assert "not used" not in rows[name].reason
+    assert "middle" in caplog.text
+
+
+class CalledByHand(nn.Module):
+    """A layer that is called as a module and besides through its forward method."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.middle = nn.Embedding(6, 3), nn.Linear(3, 6)
+
+    def forward(self, x):
+        h = self.embedding(x)
+        return self.middle.forward(h) + 0.5 * self.middle(h)
+
+
+def test_a_layer_called_by_hand_is_called_like_any_other():
+    model, x = CalledByHand(), torch.randint(6, (4, 1))
+    options = {"likelihood": "categorical", "kfac_approx": "expand", "fisher_type": "type-2"}
+    found = curvature(model, x, **options)["middle"]
+    h = torch.cat([model.embedding(x).squeeze(1), torch.ones(4, 1)], 1)
+    torch.testing.assert_close(found.input_covariance, h.T @ h / 4)
+    p = model(x).squeeze(1).softmax(-1)
+    hessian = (torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)).mean(0)
+    # Each call by itself: the gradients of the two have factors 1 and 0.5.
+    torch.testing.assert_close(found.gradient_covariance, 1.25 * hessian)
+
+
+class HandTied(nn.Module):
+    """An embedding whose weight is multiplied with by hand for the logits, as in some GPTs."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.middle = nn.Embedding(6, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.middle(self.embedding(x)) @ self.embedding.weight.T
+
+
+def test_an_embedding_that_is_multiplied_by_hand_is_tied():
+    model, x = HandTied(), torch.randint(6, (4, 2))
+    head = nn.Linear(3, 6, bias=False)
+    head.weight = model.embedding.weight
+    modules = nn.Sequential(model.embedding, model.middle, head)
+    for approx in ("expand", "reduce"):
+        options = {"likelihood": "categorical", "kfac_approx": approx, "fisher_type": "type-2"}
+        found, expected = (curvature(m, x, **options) for m in (model, modules))
+        assert found.keys() == {"embedding", "middle"}
+        for name, block in zip(("0", "1"), found.values(), strict=True):
+            torch.testing.assert_close(block.to_dense(), expected[name].to_dense())
 
 
 def test_a_complex_parameter_keeps_its_imaginary_gradient():
@@ -316,7 +391,7 @@ def test_several_parameters_by_row_are_preconditioned_each_alone():
             self.second = nn.Parameter(torch.randn(100, 4))
 
         def forward(self, index):
-            return self.first[index] + self.second[index] ** 2
+            return self.first.sinh()[index] + self.second.sinh()[index] ** 2
 
     model = Tables()
     kfac = Preconditioner(model, KFACConfig(damping=0.1, max_factor_side=10))

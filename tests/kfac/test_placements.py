@@ -14,8 +14,7 @@ from processes import joined
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from submission.kfac import Preconditioner
-from submission.kfac import KFACConfig
+from submission.kfac import KFACConfig, Preconditioner
 from submission.kfac.ranks.collectives import Reduction, all_reduce_sums, assign, broadcast_all
 
 KINDS = ["pi", "exact"]

@@ -11,8 +11,7 @@ from nets import Mean
 from observed import FAILURES, assert_same_tensors, curvature_tensors
 from torch import nn
 
-from submission.kfac import Preconditioner
-from submission.kfac import KFACConfig, KFACError, curvature
+from submission.kfac import KFACConfig, KFACError, Preconditioner, curvature
 
 
 def net():
@@ -425,7 +424,7 @@ def test_too_many_failures_in_a_row_end_training_with_one_message():
     [
         ({"damping": 0.0}, "damping must be positive"),
         ({"damping": float("nan")}, "damping must be positive"),
-        ({"damping_kind": "tikhonov"}, "damping_kind must be one of both_factors, pi, exact"),
+        ({"damping_kind": "tikhonov"}, "damping_kind must be one of both_factors, pi, asdl, exact"),
         ({"kfac_approx": "shrink"}, "kfac_approx must be one of expand, reduce"),
         ({"fisher_type": "full"}, "fisher_type must be one of mc, type-2, empirical"),
         ({"factor_decay": 1.0}, r"factor_decay must be in \[0, 1\)"),
@@ -451,4 +450,4 @@ def test_the_report_names_every_parameter_and_its_preconditioner():
     )
     text = kfac.describe()
     assert "K-FAC-reduce" in text
-    assert "not K-FAC: 3: unit-wise (normalisation layer: exact unit-wise blocks)" in text
+    assert "not K-FAC: 3: unit-wise (a scale or shift of single units: exact blocks)" in text

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from nets import Mean, Pool, Tokens
 from torch import nn
 
-from submission.kfac import Preconditioner
 from submission.kfac import (
     Bernoulli,
     Categorical,
     Gaussian,
     KFACConfig,
+    Preconditioner,
     RaggedBatch,
     Segments,
     kronecker_factors,
@@ -145,17 +145,20 @@ def test_positions_folded_into_the_outputs_are_the_expand_setting():
     )
 
 
-def test_positions_folded_into_examples_are_warned_of(caplog):
-    class Folding(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner, self.outer = nn.Linear(3, 4), nn.Linear(4, 2)
+class Folding(nn.Module):
+    """The layer inside sees positions as if they were examples."""
 
-        def forward(self, x):
-            h = self.inner(x.flatten(0, 1)).tanh()
-            return self.outer(h.unflatten(0, x.shape[:2]).mean(1))
+    def __init__(self, fold):
+        super().__init__()
+        self.inner, self.outer, self.fold = nn.Linear(3, 4), nn.Linear(4, 2), fold
 
-    model = Folding()
+    def forward(self, x):
+        h = self.inner(self.fold(x)).tanh()
+        return self.outer(h.unflatten(0, x.shape[:2]).mean(1) if h.dim() == 2 else h.mean(1))
+
+
+def test_positions_folded_into_examples_by_a_copy_are_warned_of(caplog):
+    model = Folding(lambda x: x.flatten(0, 1).clone())
     for approx, warned in (("expand", False), ("reduce", True)):
         caplog.clear()
         kfac = Preconditioner(model, KFACConfig(approx))
@@ -163,3 +166,15 @@ def test_positions_folded_into_examples_are_warned_of(caplog):
             logits = model(torch.randn(5, 7, 3))
         kfac.update(logits, "categorical")
         assert ("inner: 35" in caplog.text) is warned
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce", "auto"])
+def test_positions_folded_into_examples_by_a_view_are_still_positions(approx, caplog):
+    folded, plain = Folding(lambda x: x.flatten(0, 1)), Folding(lambda x: x)
+    plain.load_state_dict(folded.state_dict())
+    x = torch.randn(5, 7, 3)
+    options = {"likelihood": "categorical", "kfac_approx": approx, "fisher_type": "type-2"}
+    expected = kronecker_factors(plain, x, **options)
+    for name, block in kronecker_factors(folded, x, **options).items():
+        torch.testing.assert_close(block.to_dense(), expected[name].to_dense())
+    assert "another number" not in caplog.text

@@ -30,8 +30,7 @@ from submission.batch_structure import (
     shared_rows,
     targets_of,
 )
-from submission.kfac import Preconditioner
-from submission.kfac import KFACConfig
+from submission.kfac import KFACConfig, Preconditioner
 from submission.padding import paddings_in, segmented_fields
 
 

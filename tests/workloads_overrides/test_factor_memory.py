@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from submission.kfac import Preconditioner
-from submission.kfac import KFACConfig
+from submission.kfac import KFACConfig, Preconditioner
 from workloads_overrides.factor_memory import (
     COPIES_OF_FACTORS,
     REPORTED_COPIES,

@@ -274,6 +274,10 @@ class Block(ABC):
     def layout(self) -> tuple[tuple[int, ...], int]:
         """(shape, dim): how gradients lie side by side with others, see `batches`."""
 
+    def public(self, curvature: BlockCurvature) -> Any:
+        """A copy of a curvature of this block, as users are shown it."""
+        return curvature.public()
+
     @abstractmethod
     def row(self, adam: bool, raw: bool) -> tuple[str, str, str, int]:
         """For the report: (kind, sides, what preconditions it, entries kept)."""

@@ -336,6 +336,10 @@ class DiagonalBlock(Block):
     def layout(self) -> tuple[tuple[int, ...], int]:
         return (1, -1), 1
 
+    def public(self, curvature: BlockCurvature) -> DiagonalCurvature:
+        shown: DiagonalCurvature = curvature.public()
+        return DiagonalCurvature(shown.diagonal.expand(self._shape))
+
     def row(self, adam: bool, raw: bool) -> tuple[str, str, str, int]:
         shape = " x ".join(str(size) for size in self.piece.size) or "1"
         if adam or raw:

@@ -138,7 +138,7 @@ class Recording(TorchFunctionMode):
             None if x is None else x.detach(),
             0 if x is None else x._version,
             get_gradient_edge(y),
-            **{"below": node_of(x), **known},
+            **{"below": self.nodes_below(x), **known},
         )
         recording, number = weakref.ref(self), len(self.calls)
 
@@ -165,10 +165,13 @@ class Recording(TorchFunctionMode):
         if node is not None and call.edge is not None:
             self.bias_nodes[node] = call.edge.node
 
-    @staticmethod
-    def node_of(tensor: Tensor | None) -> Node | None:
-        """The node of the graph that a tensor comes from, if there is one."""
-        return node_of(tensor)
+    def nodes_below(self, *entering: Any) -> tuple[Node, ...]:
+        """Nodes of the graph that tensors come from which enter an operation.
+
+        Those of pieces of parameters are left out: their uses are known.
+        """
+        tensors = (t for t in entering if isinstance(t, Tensor) and self.alias(t) is None)
+        return tuple(node for node in map(node_of, tensors) if node is not None)
 
     def bare_call(self, y: Any) -> Call | None:
         """The call of a linear map without bias whose output a tensor is."""

@@ -62,7 +62,7 @@ class Call:
         inputs: what the graph keeps too; None where it is not needed.
         version: the input's version when it was used.
         edge: of the output in the graph.
-        below: the graph's node of what came in, if it has one.
+        below: the graph's nodes of what came in, as far as it has any.
         batch_dim: the dimension of input and output that counts the examples, where the operation
             itself says so; None where the rule does.
         sharing: how rows share the weight, where the operation itself says so.
@@ -75,7 +75,7 @@ class Call:
     inputs: Tensor | None
     version: int
     edge: GradientEdge | None
-    below: Node | None
+    below: tuple[Node, ...]
     batch_dim: int | None = None
     sharing: Sharing | None = None
     position: int | None = None

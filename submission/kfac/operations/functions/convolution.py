@@ -152,14 +152,17 @@ def convolution(
         return y
 
     if found is None:
-        return shifted(rec, bias, input, lambda: compute(input), {}, trailing=input.dim() - 2)
+        return shifted(
+            rec, bias, (input, weight), lambda: compute(input), {}, trailing=input.dim() - 2
+        )
     operation = Convolution.of(
         weight.shape, stride=stride, padding=padding, dilation=dilation, groups=groups
     )
     view = found.view.unflatten(0, (groups, -1))
     dims = view.dim()
     matrix = Alias(found.name, view, found.numel).matrix((0,), (1,), tuple(range(2, dims)))
-    return rec.call(LinearUse(matrix, rec.piece(bias)), operation, input, compute)
+    use, below = LinearUse(matrix, rec.piece(bias)), rec.nodes_below(input, bias)
+    return rec.call(use, operation, input, compute, below=below)
 
 
 @handles("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -175,7 +178,9 @@ def transposed_convolution(
         return y
 
     if found is None:
-        return shifted(rec, bias, input, lambda: compute(input), {}, trailing=input.dim() - 2)
+        return shifted(
+            rec, bias, (input, weight), lambda: compute(input), {}, trailing=input.dim() - 2
+        )
     operation = Convolution.of(
         weight.shape, stride=stride, padding=padding, dilation=dilation, groups=groups,
         output_padding=output_padding, transposed=True,
@@ -183,4 +188,5 @@ def transposed_convolution(
     view = found.view.unflatten(0, (groups, -1))  # [groups, C_in / groups, C_out / groups, *kernel]
     into = (1, *range(3, view.dim()))
     matrix = Alias(found.name, view, found.numel).matrix((0,), (2,), into)
-    return rec.call(LinearUse(matrix, rec.piece(bias)), operation, input, compute)
+    use, below = LinearUse(matrix, rec.piece(bias)), rec.nodes_below(input, bias)
+    return rec.call(use, operation, input, compute, below=below)

@@ -65,7 +65,7 @@ def add(rec: Recording, func: Any, input: Any, other: Any = None, **kwargs: Any)
     if (left is None) == (right is None) or (left is not None and _is_not_symmetric(func)):
         return NotImplemented
     x, shift = (input, other) if right is not None else (other, input)
-    bare, below = rec.bare_call(x), rec.node_of(x)
+    bare, below = rec.bare_call(x), rec.nodes_below(x)
     y = func(input, other)
     if not y.requires_grad:
         return y

@@ -104,7 +104,7 @@ def _normalised(
         if operation.channels and "BatchNorm" in y.grad_fn.name() and rec.mixes_examples:
             statistics = operation.batch_statistics or kept_statistics(y)
             operation = replace(operation, batch_statistics=statistics)
-        rec.add(use, operation, x, y)
+        rec.add(use, operation, x, y, below=rec.nodes_below(x, weight, bias))
     return y
 
 

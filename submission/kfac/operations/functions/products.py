@@ -25,23 +25,29 @@ def linear(
     """y = x Wᵀ + b; `known`: fields of the call, from handlers that take others apart."""
     found = rec.alias(weight)
     if found is None:
-        return shifted(rec, bias, input, lambda: func(input, weight, bias), known)
+        return shifted(rec, bias, (input, weight), lambda: func(input, weight, bias), known)
     view = found.view if weight.dim() == 2 else found.view.unsqueeze(0)
     matrix = Alias(found.name, view, found.numel).matrix((), (0,), (1,))
     folded = None if known else _folded(input)
     operation = Rows(matrix.shape, no_out=weight.dim() == 1, folded=folded)
     use = LinearUse(matrix, rec.piece(bias))
+    known["below"] = rec.nodes_below(input, bias)
     return rec.call(use, operation, input, lambda x: func(x, weight, bias), **known)
 
 
 def shifted(
-    rec: Recording, bias: Any, x: Tensor, compute: Any, known: dict[str, Any], trailing: int = 0
+    rec: Recording,
+    bias: Any,
+    entering: tuple[Tensor, ...],
+    compute: Any,
+    known: dict[str, Any],
+    trailing: int = 0,
 ) -> Any:
-    """The output of a map whose weight is not trained, to which a bias is added."""
+    """The output of a map whose weight is no parameter, to which a bias is added."""
     if rec.alias(bias) is None:
         return NotImplemented
     y = compute()
-    record_shift(rec, bias, y, {"below": rec.node_of(x), **known}, trailing)
+    record_shift(rec, bias, y, {"below": rec.nodes_below(*entering), **known}, trailing)
     return y
 
 
@@ -77,7 +83,10 @@ def addmm(
     if bias is not None and bias.view.numel() != groups * right.view.shape[-1]:
         return NotImplemented
     piece = None if bias is None else bias.piece
-    return _product(rec, right, mat1, lambda x: func(input, x, mat2), on_right=True, bias=piece)
+    below = rec.nodes_below(input, mat1)
+    return _product(
+        rec, right, mat1, lambda x: func(input, x, mat2), on_right=True, bias=piece, below=below
+    )
 
 
 @handles("grouped_mm", "_grouped_mm")
@@ -106,7 +115,7 @@ def grouped_mm(
 
 
 def _product(
-    rec: Recording, weight: Alias, x: Tensor, compute: Any, *, on_right: bool, bias: Any = None
+    rec: Recording, weight: Alias, x: Tensor, compute: Any, *, on_right: bool, bias: Any = None, **known: Any
 ) -> Any:
     """A product of x with a piece of a parameter on either side."""
     view = weight.view
@@ -125,10 +134,10 @@ def _product(
     matrix = piece.matrix(tuple(range(batch)), (batch + 1,), (batch,))
     dims = max(x.dim(), batch + 2) if batch else x.dim()
     if x.dim() < 2 or dims < 2:
-        return rec.call(LinearUse(matrix, bias), Rows(matrix.shape, no_out=no_out), x, compute)
+        return rec.call(LinearUse(matrix, bias), Rows(matrix.shape, no_out=no_out), x, compute, **known)
     if not batch and on_right:
         operation = Rows(matrix.shape, no_out=no_out, folded=_folded(x))
-        return rec.call(LinearUse(matrix, bias), operation, x, compute)
+        return rec.call(LinearUse(matrix, bias), operation, x, compute, **known)
     if no_out and not on_right:
         return NotImplemented  # a vector times a matrix: the matrix's columns are no examples
     if batch and (x.dim() < dims or any(
@@ -141,7 +150,7 @@ def _product(
     groups = tuple(range(dims - 2 - batch, dims - 2))
     order = (*rows, *groups, dims - 1 if on_right else dims - 2)
     operation = Rows(matrix.shape, x_order=order, y_order=order, row_dims=len(rows))
-    return rec.call(LinearUse(matrix, bias), operation, x, compute)
+    return rec.call(LinearUse(matrix, bias), operation, x, compute, **known)
 
 
 @handles("einsum")
