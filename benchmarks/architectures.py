@@ -175,9 +175,7 @@ def _convnext() -> Architecture:
 @_entry("Swin (torchvision)")
 def _swin_torchvision() -> Architecture:
     models: Any = importlib.import_module("torchvision.models.swin_transformer")
-    return _images(
-        models.SwinTransformer([2, 2], 64, [2, 2], [2, 4], [4, 4], num_classes=10)
-    )
+    return _images(models.SwinTransformer([2, 2], 64, [2, 2], [2, 4], [4, 4], num_classes=10))
 
 
 @_entry("ViT (torchvision)")
@@ -212,7 +210,8 @@ def _graph(convolutions: Callable[[Any], list[nn.Module]]) -> Architecture:
 
     nodes, count = 6, 5
     ring = torch.arange(nodes)
-    edges = torch.cat([torch.stack([ring, (ring + 1) % nodes]) + nodes * i for i in range(count)], 1)
+    rings = [torch.stack([ring, (ring + 1) % nodes]) + nodes * i for i in range(count)]
+    edges = torch.cat(rings, 1)
     edges = torch.cat([edges, edges.flip(0)], 1)
     graphs = torch.arange(count).repeat_interleave(nodes)
     x, y = torch.randn(nodes * count, WIDTH), torch.arange(count) % 3

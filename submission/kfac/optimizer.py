@@ -151,12 +151,12 @@ class KFAC(Optimizer):
 
     # ---- state --------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """As other optimizers', with K-FAC's state as "kfac" and the base's as "base"."""
         base = {} if self.base is None else {"base": self.base.state_dict()}
         return {**super().state_dict(), "kfac": self.preconditioner.state_dict(), **base}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores a state.
 
         Raises:

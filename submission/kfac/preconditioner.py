@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,30 +26,19 @@ from torch import Tensor, nn
 
 from . import updates
 from .adaptive_damping import Trial, adapted_damping, begin_trial, predicted_change
-from .blocks.block import Block, Collecting, statistics_dtype
+from .blocks.block import Block
 from .blocks.public import Curvature
-from .blocks.structure import Structure, check_excluded
+from .blocks.structure import Structure
 from .config import KFACConfig, check_damping
-from .discovery import (
-    found_in,
-    merged_over_ranks,
-    structure_from,
-    tracked,
-    trainable_parameters,
-    unwrap,
-    warn_of_low_coverage,
-)
 from .failures import Trouble, account
-from .fisher.collect import Collection
 from .fisher.likelihoods import Likelihood, as_likelihood
 from .fisher.losses import LossTerms, check_class_dim, terms_of
-from .fisher.setting import detect_setting, warn_of_folded_positions
 from .fisher.step import Accumulated, FisherSettings, RecordedPass, StepStatistics
 from .operations.record import Recording
 from .operations.sharing import SharingRule, check_names
 from .ranks import collectives
-from .ranks.placement import owners
 from .report import ReportRow, format_report, report_rows
+from .seen_model import SeenModel
 from .state import KFACState
 
 logger = logging.getLogger(__name__)
@@ -86,23 +74,15 @@ class Preconditioner:
 
     def __init__(self, model: nn.Module, config: KFACConfig | None = None) -> None:
         self.config = config or KFACConfig()
-        self._model = unwrap(model)
-        self._compiled = _is_compiled(model)
-        self._parameters = trainable_parameters(self._model)
-        self._all_parameters = list(self._model.parameters())
-        self._trains = self._requires_grad()
-        check_excluded(self.config.exclude, (name for name, _ in self._model.named_parameters()))
         approx = self.config.kfac_approx
         self._state = KFACState(self.config.damping, None if approx == "auto" else approx)
-        self._device = next(iter(self._parameters.values())).device
+        self._seen = SeenModel(model, self.config, self._state)
+        self._device = next(iter(self.parameters.values())).device
         self._statistics = StepStatistics(self._fisher_settings, self._device)
         self._pass: RecordedPass | None = None  # the last recorded one, until it is taken over
         self._states_losses = False  # whether losses are stated by `update`
         self._was_recorded = False  # in this step
-        self._unshared: set[str] = set()  # uses that only this rank has seen
-        self._noted: set[str] = set()  # parameters whose other uses were looked at
-        self._work: updates.Work | None = None
-        self._restructure()
+        self._work: updates.Work | None = None  # made for the structure that it came from
 
     @property
     def _fisher_settings(self) -> FisherSettings:
@@ -130,12 +110,16 @@ class Preconditioner:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """Name -> trainable parameter."""
-        return self._parameters
+        return self._seen.parameters
 
     @property
     def structure(self) -> Structure:
         """The blocks that the parameters are in; known after the first recorded pass."""
-        return self._structure
+        return self._seen.structure
+
+    def follow_parameters(self) -> None:
+        """Follows parameters that were replaced, added, frozen or unfrozen; `record` does it."""
+        self._seen.follow()
 
     # ---- what is due ------------------------------------------------------------------------
 
@@ -159,11 +143,8 @@ class Preconditioner:
         return (
             self._due(self.config.factor_update_steps)
             or self._pass is not None
-            or self._trains != self._requires_grad()
+            or self._seen.is_outdated
         )
-
-    def _requires_grad(self) -> list[bool]:
-        return [parameter.requires_grad for parameter in self._all_parameters]
 
     @property
     def inverses_due(self) -> bool:
@@ -205,16 +186,16 @@ class Preconditioner:
         if not self.factors_due:
             yield
             return
-        self.follow_parameters()
-        check_names(sharing, self._names())
-        recording = Recording(tracked(self._parameters, self.config.exclude))
+        self._seen.follow()
+        check_names(sharing, self._seen.names)
+        recording = Recording(self._seen.tracked)
         try:
             with _uncompiled(), recording:
                 yield
         except BaseException:
             recording.release()
             raise
-        if self._compiled and not recording.calls:
+        if self._seen.is_compiled and not recording.calls:
             raise CompiledModelError(
                 "the model is compiled, so its operations cannot be seen: call the uncompiled "
                 "module inside record() (`model._orig_mod` of torch.compile's result), or use "
@@ -224,23 +205,6 @@ class Preconditioner:
         self._was_recorded = True
         if recording.losses and not self._states_losses:
             self._collect([terms_of(seen) for seen in recording.losses], is_seen=True)
-
-    def _names(self) -> list[str]:
-        """Names that a mapping of `sharing` may use: of blocks, parameters, and all modules."""
-        modules = (name for name, _ in self._model.named_modules())
-        blocks = (block.name for block in self._structure.blocks)
-        return list(dict.fromkeys([*blocks, *self._parameters, *modules]))
-
-    def follow_parameters(self) -> None:
-        """Follows parameters that were replaced, frozen or unfrozen."""
-        found = trainable_parameters(self._model)
-        if list(found) != list(self._parameters):
-            self._parameters = found
-            self._restructure()
-            self._state.inverses_stale = True
-        self._parameters = found
-        self._all_parameters = list(self._model.parameters())
-        self._trains = self._requires_grad()
 
     def update(
         self,
@@ -289,12 +253,9 @@ class Preconditioner:
         recorded, state = self._pass, self._state
         assert recorded is not None
         is_new = not recorded.losses or (recorded.is_seen and not is_seen)
-        self._discover(recorded, losses)
+        self._seen.discover(recorded, losses)
         if is_new:
-            collection = self._collection(recorded)
-            if state.approx is None:
-                self._decide_setting(losses[0], recorded, collection)
-                collection = self._collection(recorded)
+            collection = self._seen.collection(recorded)
             self._statistics.begin(recorded, collection, state.step, is_seen)
         alone = is_new and len(losses) == 1
         for loss in losses:
@@ -303,105 +264,6 @@ class Preconditioner:
             for number in range(len(losses)):
                 recorded.weigh(number)
         state.seconds["factors"] += time.perf_counter() - start
-
-    def _collection(self, recorded: RecordedPass) -> Collection:
-        config = self.config
-        # Factors may stay sums of few rows: not if averaged over time or added over ranks, nor if
-        # they are to be diagonalised.
-        averaged = config.factor_decay > 0 or collectives.world_size() > 1
-        keeps = not averaged and config.damping_kind != "exact"
-        collecting = Collecting(
-            like=torch.empty(0, device=self._device),
-            ragged_scaling=config.ragged_scaling,
-            uses=config.inverse_update_steps if keeps else None,
-            keeps_rows=config.eigenvalue_correction,
-        )
-        return Collection(
-            recorded.recording,
-            self._structure,
-            self._observed,
-            self._parameters,
-            collecting,
-            sharing=recorded.sharing,
-            examples_share=self._state.examples_share,
-            precision=config.factor_precision,
-        )
-
-    # ---- what the model does -------------------------------------------------------------------
-
-    def _discover(self, recorded: RecordedPass, losses: list[LossTerms]) -> None:
-        """Finds blocks that are not known yet, over all ranks the first time."""
-        state, recording = self._state, recorded.recording
-        known = state.uses
-        noted = recording.others.keys() - self._noted
-        if known is not None and not noted and all(c.use in known for c in recording.calls):
-            return
-        self._noted |= recording.others.keys()
-        uses, others = found_in(recording, [loss.logits for loss in losses], self._parameters)
-        if known is None:
-            state.uses, state.others = merged_over_ranks(uses, others)
-            self._restructure()
-            warn_of_low_coverage(self._structure)
-            if recorded.sharing is None and state.approx == "reduce":
-                examples = self._collection(recorded).numbers_of_examples()
-                warn_of_folded_positions(examples, losses[0].likelihood, losses[0].logits)
-            return
-        new = {use: None for use in uses if use not in known}
-        new_others = {name: how for name, how in others.items() if name not in state.others}
-        if not new and not new_others:
-            return
-        if collectives.world_size() > 1:
-            self._unshared |= {repr(use) for use in new} | set(new_others)
-            self._found = (new, new_others)
-            return
-        self._take_up(new, new_others)
-
-    def _take_up(self, uses: Mapping[Any, None], others: Mapping[str, str]) -> None:
-        """Adds to what is known of the model."""
-        state = self._state
-        before = len(self._structure.blocks)
-        state.uses = {**(state.uses or {}), **uses}
-        state.others = {**others, **state.others}
-        self._restructure()
-        state.inverses_stale = True
-        logger.info(
-            "K-FAC: seen for the first time: %d uses of parameters (%d blocks, %d before)",
-            len(uses) + len(others), len(self._structure.blocks), before,
-        )  # fmt: skip
-
-    def _restructure(self) -> None:
-        """Makes the blocks anew; what is kept of those that are the same stays."""
-        before = getattr(self, "_structure", Structure()).by_name
-        state = self._state
-        approx = state.approx or "expand"
-        self._structure = structure_from(
-            state.uses, state.others, self._parameters, self.config, approx
-        )
-        blocks = self._structure.blocks
-        now = self._structure.by_name
-        for name in list(state.blocks):
-            if name not in now or before.get(name, now[name]) != now[name]:
-                del state.blocks[name]
-        adam = self.config.direction == "eigenbasis_adam"
-        self._observed = [block.name for block in blocks if block.has_factors or not adam]
-        costs = {b.name: b.cost() for b in blocks if b.has_factors}
-        self._owners = owners(costs, self.config.inverse_placement)
-        self._work = None
-
-    def _decide_setting(
-        self, loss: LossTerms, recorded: RecordedPass, collection: Collection
-    ) -> None:
-        examples = collection.numbers_of_examples().values()
-        approx, reason = detect_setting(loss.likelihood, loss.logits, recorded.sharing, examples)
-        self._state.approx = approx
-        self._restructure()
-        logger.info("K-FAC-%s is chosen: %s", approx, reason)
-
-    @property
-    def _blocks(self) -> list[Block]:
-        """The blocks whose statistics are collected."""
-        by_name = self._structure.by_name
-        return [by_name[name] for name in self._observed]
 
     # ---- one step: from statistics to gradients --------------------------------------------------
 
@@ -420,18 +282,9 @@ class Preconditioner:
             return
         start = time.perf_counter()
         for name, words in recorded.collection.words().items():
-            self._state.of(self._structure.by_name[name]).shared_over = words
+            self._state.of(self.structure.by_name[name]).shared_over = words
         self._statistics.end_pass(recorded)
         self._state.seconds["factors"] += time.perf_counter() - start
-
-    def _empty_sums(self) -> dict[str, Any]:
-        """Name of an observed block -> what makes its empty sums from the number of losses."""
-        found = {}
-        for block in self._blocks:
-            like = self._parameters[block.pieces[0].parameter]
-            own = Collecting(torch.empty(0, dtype=statistics_dtype(like), device=like.device))
-            found[block.name] = partial(block.empty_sums, own)
-        return found
 
     def reduce_factors(self) -> None:
         """Starts to add up this step's statistics over the ranks, in the background.
@@ -443,7 +296,7 @@ class Preconditioner:
         if collectives.world_size() == 1 or (self._pass is not None and self._pass.waits_for_loss):
             return
         self._end_pass()
-        self._statistics.reduce_early(self._empty_sums(), len(self._unshared))
+        self._statistics.reduce_early(self._seen.empty_sums(), self._seen.discoveries)
 
     @torch.no_grad()
     def precondition(self) -> None:
@@ -454,7 +307,7 @@ class Preconditioner:
         Raises:
             KFACError: `max_failures` updates in a row had to be dropped.
         """
-        gradients = {name: parameter.grad for name, parameter in self._parameters.items()}
+        gradients = {name: parameter.grad for name, parameter in self.parameters.items()}
         updates.write_done(self.directions(gradients), gradients)
 
     @torch.no_grad()
@@ -470,16 +323,16 @@ class Preconditioner:
         has_autocast = torch.amp.is_autocast_available(device)
         with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
             adam = self.config.direction == "eigenbasis_adam"
-            if self._work is None:
+            if self._work is None or self._work.blocks is not self.structure.blocks:
                 self._work = updates.make_work(
-                    self._state, self._structure.blocks, self._parameters, adam
+                    self._state, self.structure.blocks, self.parameters, adam
                 )
             if adam:
                 done = updates.eigenbasis_steps(self._state, self._work, gradients, self.config)
             else:
-                alone = self._owners if self.config.inverse_placement == "one_rank" else {}
+                alone = self._seen.owners if self.config.inverse_placement == "one_rank" else {}
                 done = updates.preconditioned(
-                    self._state, self._work, self._structure.blocks, alone, gradients
+                    self._state, self._work, self.structure.blocks, alone, gradients
                 )
         self._state.seconds["precondition"] += time.perf_counter() - start
         return done
@@ -520,16 +373,20 @@ class Preconditioner:
         known = any(block.curvature is not None for block in state.blocks.values())
         renew = self.inverses_due or state.inverses_stale
         if state.damping_changed and config.damping_kind == "exact" and not renew:
-            updates.renew_damping(state, self._preconditioned(), config)
+            updates.renew_damping(state, self._seen.preconditioned, config)
             self._work = None
         elif known and (renew or state.damping_changed):
-            lost = updates.renew_inverses(state, self._preconditioned(), self._owners, config)
+            lost = updates.renew_inverses(
+                state, self._seen.preconditioned, self._seen.owners, config
+            )
             self._work = None
             if lost:
                 names = ", ".join(f"'{name}'" for name in lost)
                 troubles.append(Trouble("inverse", f"the factors of {names} could not be inverted"))
         if total is not None and config.eigenvalue_correction:
-            updates.correct_eigenvalues(state, self._blocks, total, config.factor_decay)
+            updates.correct_eigenvalues(
+                state, self._seen.observed_blocks, total, config.factor_decay
+            )
             self._work = None
         state.step += 1
         self._was_recorded = False
@@ -547,11 +404,6 @@ class Preconditioner:
             self._drop_pass()
             raise RuntimeError(NO_LOSS)
 
-    def _preconditioned(self) -> list[Block]:
-        """The blocks that are not trained by their raw gradient."""
-        raw = self.config.fallback == "gradient"
-        return [b for b in self._structure.blocks if b.has_factors or not raw]
-
     def _take_in(self, troubles: list[Trouble]) -> Accumulated | None:
         """Takes the step's statistics, summed over ranks, into the averages.
 
@@ -559,15 +411,15 @@ class Preconditioner:
         """
         alone = collectives.world_size() == 1
         total, discovered = self._statistics.finish(
-            self._empty_sums(), len(self._unshared), alone=alone
+            self._seen.empty_sums(), self._seen.discoveries, alone=alone
         )
         if total is None:
             return None
-        good = updates.average_in(self._state, total, self._blocks, self.config.factor_decay)
+        good = updates.average_in(
+            self._state, total, self._seen.observed_blocks, self.config.factor_decay
+        )
         if discovered:
-            uses, others = merged_over_ranks(*getattr(self, "_found", ({}, {})))
-            self._found, self._unshared = ({}, {}), set()
-            self._take_up(uses, others)
+            self._seen.share_discoveries()
         if good:
             return total
         if total.is_out_of_memory_on_a_rank():
@@ -591,7 +443,7 @@ class Preconditioner:
 
         Call it after the backward pass and before `precondition`.
         """
-        return begin_trial(self._structure.blocks, self._parameters)
+        return begin_trial(self.structure.blocks, self.parameters)
 
     @torch.no_grad()
     def end_trial(self, trial: Trial, loss_before: float, loss_after: float) -> float:
@@ -605,8 +457,8 @@ class Preconditioner:
             The reduction ratio; NaN for a step that changed nothing, which leaves the damping.
         """
         settings = updates.settings_of(self._state, self.config, 1)
-        blocks = self._structure.blocks
-        predicted = predicted_change(blocks, self._state, trial, self._parameters, settings)
+        blocks = self.structure.blocks
+        predicted = predicted_change(blocks, self._state, trial, self.parameters, settings)
         if predicted == 0 and loss_after == loss_before:
             return float("nan")
         ratio = (loss_after - loss_before) / predicted if predicted < 0 else float("-inf")
@@ -619,7 +471,7 @@ class Preconditioner:
     def curvature(self) -> dict[str, Curvature]:
         """Name of a block -> a copy of its current curvature."""
         found = {}
-        for block in self._structure.blocks:
+        for block in self.structure.blocks:
             curvature = self._state.of(block).curvature
             if curvature is not None:
                 found[block.name] = block.public(curvature)
@@ -627,7 +479,7 @@ class Preconditioner:
 
     def report(self) -> list[ReportRow]:
         """What preconditions every parameter; known after the first update."""
-        return report_rows(self._structure, self.config, self._state)
+        return report_rows(self.structure, self.config, self._state)
 
     def describe(self) -> str:
         """The report as a text table."""
@@ -638,14 +490,14 @@ class Preconditioner:
         return {
             **self._state.to_dict(),
             "kfac_approx": self.config.kfac_approx,
-            "parameters": list(self._parameters),
+            "parameters": list(self.parameters),
             "inverses_complete": not self._shares_inverses,
             "seed": self.config.seed,
         }
 
     @property
     def _shares_inverses(self) -> bool:
-        return self.config.inverse_placement == "one_rank" and bool(self._owners)
+        return self.config.inverse_placement == "one_rank" and bool(self._seen.owners)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a state; tensors move to the device of the parameters.
@@ -659,11 +511,7 @@ class Preconditioner:
                 f"K-FAC state was made with kfac_approx={state['kfac_approx']!r}, not "
                 f"{self.config.kfac_approx!r}"
             )
-        parameters = trainable_parameters(self._model)
-        if list(parameters) != list(state["parameters"]):
-            differing = sorted(set(parameters) ^ set(state["parameters"]))
-            raise ValueError(f"K-FAC state belongs to another model: it differs in {differing[:5]}")
-        self._check_shapes(restored, parameters)
+        self._seen.check(restored, list(state["parameters"]))
         self._drop_pass()
         self._statistics.forget()
         if state["seed"] != self.config.seed:
@@ -673,32 +521,12 @@ class Preconditioner:
         if not state["inverses_complete"]:
             # It has those of one rank: all make theirs anew, at the same step.
             restored.inverses_stale = True
-        self._state, self._parameters = restored, parameters
-        self._structure = Structure()
-        self._restructure()
+        self._state, self._work = restored, None
+        self._seen.begin_with(restored)
         if self._shares_inverses:
-            for name, owner in self._owners.items():
+            for name, owner in self._seen.owners.items():
                 if owner != collectives.rank():
-                    restored.of(self._structure.by_name[name]).inverse = None
-
-    def _check_shapes(self, state: KFACState, parameters: Mapping[str, Tensor]) -> None:
-        for use in state.uses or {}:
-            for piece in use.pieces:
-                size = parameters[piece.parameter].numel()
-                whole = piece.numel == size if piece.is_whole else piece.offset < size
-                if not whole:
-                    raise ValueError(
-                        f"K-FAC state belongs to another model: '{piece.parameter}' has "
-                        f"{size} entries"
-                    )
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    """Whether a module was compiled: in place, in parts, or wrapped by the caller."""
-    return any(
-        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
-        for module in model.modules()
-    )
+                    restored.of(self.structure.by_name[name]).inverse = None
 
 
 def _uncompiled() -> Any:

@@ -36,10 +36,11 @@ def report_rows(
         kind, sides, how, entries = block.row(adam, raw)
         own = None if state is None else state.blocks.get(block.name)
         reason = structure.reasons.get(block.name, "")
-        if state is not None and state.step and (block.has_factors or not adam) and not raw:
-            if own is None or own.curvature is None:
-                reason = reason or "the loss has not reached it so far"
-                how, entries = "Adam" if adam else "raw gradient", 0
+        is_known = own is not None and own.curvature is not None
+        has_begun = state is not None and state.step > 0
+        if has_begun and not is_known and (block.has_factors or not adam) and not raw:
+            reason = reason or "the loss has not reached it so far"
+            how, entries = "Adam" if adam else "raw gradient", 0
         parameters = sum(piece.numel for piece in block.pieces)
         memory = (entries if how == "Adam" else 2 * entries) * ITEM
         sharing = "-" if own is None else own.shared_over

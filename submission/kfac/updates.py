@@ -26,7 +26,7 @@ from .tuning import MANY_USES
 Gradients = Mapping[str, Tensor | None]
 
 
-# ---- averages -------------------------------------------------------------------------------------
+# ---- averages --------------------------------------------------------------------------------
 
 
 def average_in(state: KFACState, total: Accumulated, blocks: Sequence[Block], decay: float) -> bool:
@@ -62,7 +62,7 @@ def average_in(state: KFACState, total: Accumulated, blocks: Sequence[Block], de
     return True
 
 
-# ---- inverses -------------------------------------------------------------------------------------
+# ---- inverses --------------------------------------------------------------------------------
 
 
 def settings_of(state: KFACState, config: KFACConfig, uses: int) -> InverseSettings:
@@ -135,10 +135,11 @@ def correct_eigenvalues(
     layers: list[tuple[EigenInverse, list[tuple[Tensor, Tensor]]]] = []
     for block in blocks:
         inverse = state.of(block).inverse
-        if isinstance(block, KroneckerBlock) and isinstance(inverse, EigenInverse):
-            if block.is_correctable:
-                sums = total.sums.get(block.name)
-                layers.append((inverse, sums.rows if isinstance(sums, KroneckerSums) else []))
+        if not isinstance(block, KroneckerBlock) or not isinstance(inverse, EigenInverse):
+            continue
+        if block.is_correctable:
+            sums = total.sums.get(block.name)
+            layers.append((inverse, sums.rows if isinstance(sums, KroneckerSums) else []))
     if not layers:
         return
     terms = total.terms[0]
@@ -154,13 +155,14 @@ def correct_eigenvalues(
             inverse.corrected = average if old is None else old.lerp_(average, weight)
 
 
-# ---- gradients ------------------------------------------------------------------------------------
+# ---- gradients -------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
 class Work:
     """Blocks in batches, for one direction; made anew when inverses are."""
 
+    blocks: Sequence[Block]
     batches: list[Batch]
     moments: list[Moments | None]
 
@@ -180,7 +182,7 @@ def make_work(
             state.blocks[name].inverse = inverse
 
         present = [block for block in blocks if inverses[block.name] is not None]
-        return Work(make_batches(present, inverses, put, like), [])
+        return Work(blocks, make_batches(present, inverses, put, like), [])
     bases: dict[str, Basis | None] = {}
     for block in blocks:
         inverse = state.of(block).inverse
@@ -193,7 +195,7 @@ def make_work(
         inverse.basis = basis
 
     batches = make_batches(blocks, bases, put_basis, like)
-    return Work(batches, [None] * len(batches))
+    return Work(blocks, batches, [None] * len(batches))
 
 
 def preconditioned(
@@ -259,8 +261,8 @@ def eigenbasis_steps(
     bases = [batch.object or Basis() for batch, _, _ in ready]
     updates = directions(bases, [moments for _, _, moments in ready], joined, step)
     done: list[tuple[Block, Tensor]] = []
-    for (batch, own, _), update in zip(ready, updates, strict=True):
-        done += zip(batch.blocks, batch.separate(update, own), strict=True)
+    for (batch, like, _), update in zip(ready, updates, strict=True):
+        done += zip(batch.blocks, batch.separate(update, like), strict=True)
     return done
 
 

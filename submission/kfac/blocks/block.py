@@ -1,4 +1,4 @@
-"""What every kind of curvature block is: which parameters, what is collected, and what of it is kept.
+"""What every kind of curvature block is: its parameters, what is collected, what is kept.
 
 A `Block` is a description: a value without tensors, the same on every rank. It makes a `Collector`,
 which fills `Sums` from the calls of a recorded pass. Sums over batches and ranks become a
@@ -278,12 +278,16 @@ class Block(ABC):
         """A copy of a curvature of this block, as users are shown it."""
         return curvature.public()
 
+    def cost(self) -> float:
+        """Of the inverses of its factors, in multiplications."""
+        return 0.0
+
     @abstractmethod
     def row(self, adam: bool, raw: bool) -> tuple[str, str, str, int]:
         """For the report: (kind, sides, what preconditions it, entries kept)."""
 
     def read(self, tensors: Mapping[str, Tensor | None]) -> Tensor | None:
-        """Parameters' tensors (gradients, values) in the canonical view, or None if all are missing.
+        """Tensors of parameters (gradients, values) in the canonical view; None if all are missing.
 
         A missing one among others counts as zeros; sparse gradients cannot be had as one.
         """

@@ -39,7 +39,7 @@ BIASES = {
 }
 
 
-# ---- curvature and inverse ------------------------------------------------------------------------
+# ---- curvature and inverse -------------------------------------------------------------------
 
 
 @dataclass
@@ -172,7 +172,7 @@ class EigenInverse(Inverse):
         return total
 
 
-# ---- sums and collectors --------------------------------------------------------------------------
+# ---- sums and collectors ---------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -359,7 +359,7 @@ class ReduceCollector(KroneckerCollector):
         self._inputs = self._a = self._rows = None
 
 
-# ---- the block ------------------------------------------------------------------------------------
+# ---- the block -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

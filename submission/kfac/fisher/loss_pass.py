@@ -51,8 +51,8 @@ class LossPass:
         if self._scale is not None:
             raise GraphError(
                 "a second backward pass goes through a graph whose statistics were to come from "
-                "one pass of the loss: leave `loss` out of kfac.update to have a pass of its own for "
-                "them"
+                "one pass of the loss: leave `loss` out of kfac.update to have a pass of its own "
+                "for them"
             )
         self._scale = proportion(gradient.detach(), self._vector, self.terms)
         self.collection.listen(True)

@@ -1,4 +1,4 @@
-"""The statistics of one step: of its recorded passes, and their sum over micro-batches and ranks."""
+"""The statistics of a step: of its recorded passes, and their sum over micro-batches and ranks."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class RecordedPass:
         def hear(gradient: Tensor) -> None:
             self.weights[number] = gradient.detach().sum()
 
-        output.register_hook(hear)
+        output.register_hook(hear)  # type: ignore[no-untyped-call]
 
     def relative_weights(self) -> list[Tensor | None]:
         """Of the mean of each loss, relative to the largest; None for 1."""

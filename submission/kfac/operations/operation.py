@@ -147,7 +147,7 @@ class Rows(LinearOperation):
         rows = expand(rows)
         if self.shape[0] == 1:
             return rows.unsqueeze(0)
-        return rows.unflatten(-1, (self.shape[0], -1)).movedim(1, 0)
+        return rows.reshape(len(rows), self.shape[0], -1).movedim(1, 0)
 
     def leading(self, x: Tensor, sharing: Sharing) -> torch.Size:
         return self._of_input(x, sharing, False).shape[:-1]

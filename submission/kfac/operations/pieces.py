@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ class Piece:
             for length, step in zip(view.shape, view.stride(), strict=True)
         )
         whole = view.numel() == numel
-        return cls(name, tuple(view.shape), stride, view.storage_offset(), whole)
+        return cls(name, tuple(view.shape), stride, int(view.storage_offset()), whole)
 
     @property
     def numel(self) -> int:
@@ -150,10 +151,8 @@ class Alias:
         shape = tuple(
             math.prod(self.view.shape[dim] for dim in dims) for dims in (groups, out, into)
         )
-        try:
+        with suppress(RuntimeError):  # strides that do not merge: reading makes a copy
             ordered = ordered.view(shape)
-        except RuntimeError:
-            pass  # its strides do not merge; reading makes a copy
         assert len(shape) == 3
         return Matrix(Piece.of_view(self.name, ordered, self.numel), shape)
 

@@ -64,7 +64,7 @@ class Recording(TorchFunctionMode):
         self._listener: Listener | None = None
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
         # What is needed only while operations are seen.
         self._tracker = Tracker({})
         self._bare.clear()
@@ -113,10 +113,9 @@ class Recording(TorchFunctionMode):
             x: the input, as `compute` takes it; None where gradients alone matter.
             known: fields of `Call`.
         """
-        if isinstance(x, Tensor):
-            if x.layout != torch.strided:
-                self.note(use, f"an operation on inputs of layout {x.layout}")
-                return compute(x)
+        if isinstance(x, Tensor) and x.layout != torch.strided:
+            self.note(use, f"an operation on inputs of layout {x.layout}")
+            return compute(x)
         y = compute(x)
         if y.requires_grad:
             y = _no_view(y)
@@ -151,7 +150,7 @@ class Recording(TorchFunctionMode):
             elif owner.is_collected:
                 owner.calls[number].inputs = None  # the loss's pass: the graph lets go of it too
 
-        call.handle = y.register_hook(hear)
+        call.handle = y.register_hook(hear)  # type: ignore[no-untyped-call]
         self.calls.append(call)
         if isinstance(use, LinearUse) and use.bias is None:
             self._bare[id(y)] = (y, call)

@@ -1,1 +1,1 @@
-"""One file a family of torch functions: what they do with parameters. To support another, add one."""
+"""One file a family of torch functions: what they do with parameters."""

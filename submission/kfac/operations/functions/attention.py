@@ -29,8 +29,8 @@ def multi_head_attention(
 
     Inputs are [time, N, features]. torch's function insists on projecting: it is given identities.
     """
-    weights = (in_proj_weight, in_proj_bias, out_proj_weight, q_proj_weight, k_proj_weight)
-    weights = (*weights, v_proj_weight, out_proj_bias)
+    weights = [in_proj_weight, in_proj_bias, out_proj_weight, q_proj_weight, k_proj_weight]
+    weights += [v_proj_weight, out_proj_bias]
     seen = any(rec.alias(weight) is not None for weight in weights)
     if not seen or static_k is not None or static_v is not None or inside_checkpoint():
         return NotImplemented  # a checkpoint's second run must find the same operations

@@ -158,7 +158,7 @@ def convolution(
     operation = Convolution.of(
         weight.shape, stride=stride, padding=padding, dilation=dilation, groups=groups
     )
-    view = found.view.unflatten(0, (groups, -1))
+    view = torch.unflatten(found.view, 0, (groups, -1))
     dims = view.dim()
     matrix = Alias(found.name, view, found.numel).matrix((0,), (1,), tuple(range(2, dims)))
     use, below = LinearUse(matrix, rec.piece(bias)), rec.nodes_below(input, bias)
@@ -185,7 +185,9 @@ def transposed_convolution(
         weight.shape, stride=stride, padding=padding, dilation=dilation, groups=groups,
         output_padding=output_padding, transposed=True,
     )  # fmt: skip
-    view = found.view.unflatten(0, (groups, -1))  # [groups, C_in / groups, C_out / groups, *kernel]
+    view = torch.unflatten(
+        found.view, 0, (groups, -1)
+    )  # [groups, C_in / groups, C_out / groups, *kernel]
     into = (1, *range(3, view.dim()))
     matrix = Alias(found.name, view, found.numel).matrix((0,), (2,), into)
     use, below = LinearUse(matrix, rec.piece(bias)), rec.nodes_below(input, bias)

@@ -1,4 +1,4 @@
-"""Embeddings: rows are one-hot vectors, and the weight [V, d] is the transpose of a linear map's."""
+"""Embeddings: rows are one-hot, and the weight [V, d] is the transpose of a linear map's."""
 
 from __future__ import annotations
 
@@ -219,9 +219,8 @@ def index(rec: Recording, func: Any, input: Any, *args: Any, **kwargs: Any) -> A
     found = rec.alias(input)
     if found is None or kwargs or found.view.dim() < 2:
         return NotImplemented
-    if getattr(func, "__name__", "") == "index_select":
-        if len(args) != 2 or args[0] != 0:
-            return NotImplemented
+    if getattr(func, "__name__", "") == "index_select" and (len(args) != 2 or args[0] != 0):
+        return NotImplemented
     indices = args[-1]
     integers = (torch.int64, torch.int32)
     if not isinstance(indices, Tensor) or indices.dtype not in integers or not indices.dim():

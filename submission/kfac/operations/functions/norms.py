@@ -71,7 +71,8 @@ def _batch_norm_gradients(x: Tensor, g: Tensor, statistics: Statistics) -> tuple
     # Not Σ g x - mean Σ g, which would cancel where the mean is large. On a CPU a few images at a
     # time, so that the difference stays in its cache.
     most = NORM_CHUNK_ELEMENTS.get(x.device.type, x.numel())
-    chunks = (tensor.split(max(1, most // max(1, x[:1].numel()))) for tensor in (x, g))
+    step = max(1, most // max(1, x[:1].numel()))
+    chunks = (torch.split(tensor, step) for tensor in (x, g))
     centred = [
         torch.einsum("ncl,ncl->nc", some_g, some_x - mean.unsqueeze(-1))
         for some_x, some_g in zip(*chunks, strict=True)
@@ -154,7 +155,9 @@ def batch_norm(
     """Units are channels; in training the examples of a batch meet in its statistics."""
     rec.mixes_examples |= training
     mean, variance = (None, None) if training else (running_mean, running_var)
-    statistics = None if mean is None else (mean.clone(), (variance + eps).rsqrt())
+    statistics: Statistics | None = None
+    if mean is not None and variance is not None:
+        statistics = mean.clone(), torch.rsqrt(variance + eps)
     operation = Normalisation(
         lambda x: F.batch_norm(x, mean, variance, None, None, training, 0.0, eps),
         channels=True,
