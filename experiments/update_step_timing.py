@@ -60,13 +60,13 @@ _FULL = ("sgd", "expand", "reduce", "expand, fast paths off", "reduce, fast path
 @contextmanager
 def fast_convolutions_off() -> Iterator[None]:
     """Convolutions' input factors from materialised patches, whatever their channels."""
-    before = tuning.FEWEST_SHIFTED_CHANNELS, patches.FEWEST_SLICED_CHANNELS, patches.patch_sum
-    tuning.FEWEST_SHIFTED_CHANNELS = patches.FEWEST_SLICED_CHANNELS = 1 << 60
+    before = tuning.FEWEST_SHIFTED_CHANNELS, tuning.FEWEST_SLICED_CHANNELS, patches.patch_sum
+    tuning.FEWEST_SHIFTED_CHANNELS = tuning.FEWEST_SLICED_CHANNELS = 1 << 60
     patches.patch_sum = _sum_of_patches
     try:
         yield
     finally:
-        tuning.FEWEST_SHIFTED_CHANNELS, patches.FEWEST_SLICED_CHANNELS, patches.patch_sum = before
+        tuning.FEWEST_SHIFTED_CHANNELS, tuning.FEWEST_SLICED_CHANNELS, patches.patch_sum = before
 
 
 def _sum_of_patches(

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...tuning import SPECTRUM_CHUNK_ELEMENTS
+from ... import tuning
 
 Shift = tuple[int, int]
 
@@ -80,7 +80,7 @@ def by_transform(x: Tensor, shifts: Sequence[Shift]) -> Tensor:
     result = x.new_zeros(len(shifts), channels * channels)
     crossed = torch.zeros_like(result)
     per_frequency = rows * channels * max(2 * examples, 2 * channels)
-    step = max(1, SPECTRUM_CHUNK_ELEMENTS // per_frequency)
+    step = max(1, tuning.SPECTRUM_CHUNK_ELEMENTS // per_frequency)
     for first in range(0, half, step):
         part = along_rows[first : first + step]
         count = len(part)

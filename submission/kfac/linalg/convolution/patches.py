@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...tuning import FEWEST_SLICED_CHANNELS, MOST_JOINT_COUNTS, PATCH_CHUNK_ELEMENTS
+from ... import tuning
 from ..moments import add_outer_products
 
 
@@ -110,7 +110,7 @@ def _chunks(x: Tensor, geometry: tuple[DimensionGeometry, ...]) -> Iterator[Tens
     """Splits the examples so that the patches of one part stay small."""
     per_example = x.shape[1] * math.prod(g.kernel for g in geometry)
     per_example *= output_positions(geometry, x.shape[2:])
-    yield from torch.split(x, max(1, PATCH_CHUNK_ELEMENTS // max(1, per_example)))
+    yield from torch.split(x, max(1, tuning.PATCH_CHUNK_ELEMENTS // max(1, per_example)))
 
 
 def patch_second_moment(x: Tensor, geometry: tuple[DimensionGeometry, ...], groups: int) -> Tensor:
@@ -118,7 +118,7 @@ def patch_second_moment(x: Tensor, geometry: tuple[DimensionGeometry, ...], grou
     channels = x.shape[1] // groups
     d = channels * math.prod(g.kernel for g in geometry)
     moment = x.new_zeros(groups, d, d)
-    if not any(g.transposed for g in geometry) and channels >= FEWEST_SLICED_CHANNELS:
+    if not any(g.transposed for g in geometry) and channels >= tuning.FEWEST_SLICED_CHANNELS:
         for part in _chunks(x, geometry):
             _add_sliced(moment, part, geometry)
         kernel = [g.kernel for g in geometry]
@@ -168,7 +168,7 @@ def patch_sum(x: Tensor, geometry: tuple[DimensionGeometry, ...], groups: int) -
     """
     n, channels = x.shape[0], x.shape[1] // groups
     offsets = math.prod(g.kernel for g in geometry)
-    if offsets * math.prod(x.shape[2:]) <= MOST_JOINT_COUNTS:
+    if offsets * math.prod(x.shape[2:]) <= tuning.MOST_JOINT_COUNTS:
         counts = joint_read_counts(geometry, x.shape[2:]).to(x)
         x = x.flatten(2).flatten(0, 1) @ counts.mT
     else:
