@@ -335,7 +335,7 @@ class Preconditioner:
         if known is not None and not noted and all(c.use in known for c in recording.calls):
             return
         self._noted |= recording.others.keys()
-        uses, others = found_in(recording, [loss.logits for loss in losses], self._parameters)
+        uses, others = found_in(recording, losses, self._parameters, recorded.sharing)
         if known is None:
             state.uses, state.others = merged_over_ranks(uses, others)
             self._restructure()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +26,15 @@ class Elementwise(UnitOperation):
 
     Attributes:
         shape: of γ or β, as it is broadcast: one dimension for each of the output's.
+        sizes: of the output.
     """
 
     shape: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def counts(self, examples: int) -> bool:
+        # Parameters outside of layers are used on tensors of any layout.
+        return examples in itertools.accumulate(self.sizes, operator.mul)
 
     def rows(self, x: Tensor, sharing: Sharing) -> Tensor:
         """[N, R, units] for Positions: R are the positions over which the parameter is broadcast.
@@ -117,7 +125,7 @@ def _record(
     if len(shape) > y.dim() or y.dim() < 2 or shape[0] != 1:
         rec.note(use, "an elementwise operation without a dimension of examples")
     elif y.requires_grad:
-        rec.add(use, Elementwise(shape), x, y, **known)
+        rec.add(use, Elementwise(shape, tuple(y.shape)), x, y, **known)
 
 
 @handles("mul", "__mul__", "__rmul__")

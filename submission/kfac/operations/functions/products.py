@@ -90,7 +90,14 @@ def addmm(
 
 
 def _product(
-    rec: Recording, weight: Alias, x: Tensor, compute: Any, *, on_right: bool, bias: Any = None, **known: Any
+    rec: Recording,
+    weight: Alias,
+    x: Tensor,
+    compute: Any,
+    *,
+    on_right: bool,
+    bias: Any = None,
+    **known: Any,
 ) -> Any:
     """A product of x with a piece of a parameter on either side."""
     view = weight.view
@@ -109,7 +116,9 @@ def _product(
     matrix = piece.matrix(tuple(range(batch)), (batch + 1,), (batch,))
     dims = max(x.dim(), batch + 2) if batch else x.dim()
     if x.dim() < 2 or dims < 2:
-        return rec.call(LinearUse(matrix, bias), Rows(matrix.shape, no_out=no_out), x, compute, **known)
+        return rec.call(
+            LinearUse(matrix, bias), Rows(matrix.shape, no_out=no_out), x, compute, **known
+        )
     if not batch and on_right:
         operation = Rows(matrix.shape, no_out=no_out, folded=_folded(x))
         return rec.call(LinearUse(matrix, bias), operation, x, compute, **known)
