@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import nn
+from torch.autograd.graph import Node
 
 from .blocks.structure import Options, Structure, structure_of
 from .config import KFACConfig
@@ -20,6 +20,7 @@ from .ranks import collectives
 
 logger = logging.getLogger(__name__)
 OTHER_DIMENSION = "an operation whose first dimension does not count the examples"
+PARTIAL_BIAS = "an addition to an output that is used without it, too"
 LOW_COVERAGE = 0.9  # share of the parameters in blocks with factors, below which a warning is due
 
 
@@ -88,17 +89,22 @@ def found_in(
         losses: all that the pass has.
         sharing: how rows share parameters, as given to `record`.
     """
-    below: dict[torch.autograd.graph.Node, list[torch.autograd.graph.Node | None]] = {}
+    below: dict[Node, list[Node | None]] = {}
+    entered: dict[Node, set[Node | None]] = {}
     for call in recording.calls:
         assert call.edge is not None
         below.setdefault(call.edge.node, []).extend(call.below)
     below.update({node: [call] for node, call in recording.bias_nodes.items()})
-    beside = leaves_beside([loss.logits.grad_fn for loss in losses], below)
+    beside = leaves_beside([loss.logits.grad_fn for loss in losses], below, entered)
     others = {
         name: recording.others.get(name, f"the operation {beside[id(parameter)] or 'itself'}")
         for name, parameter in parameters.items()
         if id(parameter) in beside
     }
+    for node, output in recording.bias_nodes.items():
+        if entered.get(output, {node}) != {node}:
+            for bias in recording.separate_bias(output):
+                others.setdefault(bias.parameter, PARTIAL_BIAS)
     examples = [loss.logits.shape[loss.likelihood.example_dim(loss.logits)] for loss in losses]
     for call in recording.calls:
         if not isinstance(call.operation, UnitOperation) or call.batch_dim is not None:

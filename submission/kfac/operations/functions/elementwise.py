@@ -77,7 +77,8 @@ def add(rec: Recording, func: Any, input: Any, other: Any = None, **kwargs: Any)
     y = func(input, other)
     if not y.requires_grad:
         return y
-    if bare is not None and _is_bias(shift, y, bare.use):
+    subtracted = getattr(func, "__name__", "") == "sub"
+    if bare is not None and not subtracted and _is_bias(shift, y, bare.use):
         rec.join_bias(bare, shift, y)
     else:
         record_shift(rec, shift, y, {"below": below})
