@@ -46,7 +46,7 @@ class OwnForward(nn.Linear):
     """Leaves out nn.Linear's forward."""
 
     def forward(self, x):
-        return (self.weight @ x.unsqueeze(-1)).squeeze(-1) + self.bias
+        return x.matmul(self.weight.t()) + self.bias
 
 
 def written(linear):
@@ -66,7 +66,6 @@ WAYS = {
     "bias first": lambda x, w, b: b + x @ w.t(),
     "einsum": lambda x, w, b: torch.einsum("nri,oi->nro", x, w) + b,
     "einsum, ellipsis": lambda x, w, b: torch.einsum("oi,...i->...o", w, x) + b,
-    "weight first": lambda x, w, b: (w @ x.mT).mT + b,
     "addmm": lambda x, w, b: torch.addmm(b, x.flatten(0, 1), w.T).unflatten(0, x.shape[:2]),
     "addmm of a view": lambda x, w, b: torch.addmm(b, x.view(-1, x.shape[-1]), w.T).view(
         *x.shape[:-1], -1
@@ -124,6 +123,27 @@ def test_a_bias_that_is_subtracted_is_exact():
     found = curvature(model, x, likelihood="gaussian", kfac_approx="expand", fisher_type="type-2")
     assert relative_error(found["map"].to_dense(), truth[:12, :12]) <= 1e-12
     torch.testing.assert_close(found["bias"].blocks.flatten(), truth[12:, 12:].diagonal())
+
+
+@approxes
+def test_a_weight_on_the_left_of_its_inputs_has_the_factors_of_one_on_the_right(kfac_approx):
+    class Left(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer = nn.Linear(4, 5, bias=False), nn.Linear(5, 3, bias=False)
+
+        def forward(self, x):  # [N, R, 4]
+            h = (self.inner.weight @ x.mT).tanh()
+            return torch.einsum("oi,nir->nro", self.outer.weight, h).mean(1)
+
+    class Right(Left):
+        def forward(self, x):
+            return self.outer(self.inner(x).tanh()).mean(1)
+
+    left, right, x = Left(), Right(), torch.randn(6, 3, 4)
+    right.load_state_dict(left.state_dict())
+    options = {**OPTIONS, "kfac_approx": kfac_approx}
+    assert_same_factors(curvature(left, x, **options), curvature(right, x, **options))
 
 
 def test_an_output_that_is_also_used_without_its_bias_does_not_share_the_bias():
