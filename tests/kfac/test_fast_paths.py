@@ -400,7 +400,8 @@ def test_factors_of_a_batch_are_the_mean_of_those_of_its_examples(fisher_type, j
     model, x = Images(), torch.randint(9, (50, 5))
     assert_the_mean_of_single_examples(
         model, x, ["conv", "inner"], likelihood="categorical", kfac_approx="expand",
-        fisher_type=fisher_type, bias="joint" if joint_bias else "separate", targets=torch.randint(9, (50, 5)),
+        fisher_type=fisher_type, bias="joint" if joint_bias else "separate",
+        targets=torch.randint(9, (50, 5)),
     )  # fmt: skip
 
 
