@@ -43,7 +43,7 @@ from .discovery import (
 from .failures import Trouble, account
 from .fisher.collect import Collection
 from .fisher.likelihoods import Likelihood, as_likelihood
-from .fisher.losses import LossTerms, terms_of
+from .fisher.losses import LossTerms, check_class_dim, terms_of
 from .fisher.setting import detect_setting, warn_of_folded_positions
 from .fisher.step import Accumulated, FisherSettings, RecordedPass, StepStatistics
 from .operations.record import Recording
@@ -279,6 +279,8 @@ class Preconditioner:
                 "the logits have no graph: they are detached, or were computed under no_grad"
             )
         self._states_losses = True
+        if self._state.step == 0:
+            check_class_dim(logits, likelihood)
         self._collect([LossTerms(logits, likelihood, mask, targets, loss)], is_seen=False)
 
     def _collect(self, losses: list[LossTerms], *, is_seen: bool) -> None:

@@ -85,3 +85,29 @@ def terms_of(seen: SeenLoss) -> LossTerms:
     terms.output = seen.output
     terms.is_sum = seen.arguments.get("reduction", "mean") == "sum"
     return terms
+
+
+def check_class_dim(logits: Tensor, likelihood: Likelihood) -> None:
+    """Has the backward pass of the loss say where the classes are.
+
+    A cross-entropy's gradient sums to zero over them. Where it does so over another dimension than
+    the stated likelihood's, the backward pass raises a ValueError.
+    """
+    if not isinstance(likelihood, Categorical) or logits.dim() < 3:
+        return
+    stated = likelihood.class_dim % logits.dim()
+
+    def check(gradient: Tensor) -> None:
+        gradient = gradient.detach().float()
+        limit = 1e-3 * gradient.abs().sum()
+        sums = [gradient.sum(dim).abs().sum() <= limit for dim in range(gradient.dim())]
+        fits = [dim for dim, fit in enumerate(torch.stack(sums).tolist()) if fit]
+        if fits and stated not in fits and bool(limit > 0):
+            raise ValueError(
+                f"the likelihood says that the classes of outputs {list(logits.shape)} are in "
+                f"dimension {stated}, but the loss's gradient sums to zero over dimension "
+                f"{fits[0]}: state Categorical(class_dim={fits[0]}), or compute torch's "
+                "cross_entropy inside record()"
+            )
+
+    logits.register_hook(check)  # type: ignore[no-untyped-call]

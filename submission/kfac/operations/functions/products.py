@@ -89,6 +89,31 @@ def addmm(
     )
 
 
+@handles("grouped_mm", "_grouped_mm")
+def grouped_mm(
+    rec: Recording, func: Any, mat_a: Tensor, mat_b: Tensor, *, offs: Any = None, bias: Any = None,
+    **kwargs: Any,
+) -> Any:  # fmt: skip
+    """Experts: rows that were sorted by group, each group times its own matrix of a stack.
+
+    Taken apart, so that each expert's rows are a linear map of their own; waits for the device.
+    """
+    stack = rec.alias(mat_b)
+    apart = stack is not None and mat_b.dim() == 3 and mat_a.dim() == 2 and offs is not None
+    if not apart or kwargs.get("out_dtype") is not None:
+        return NotImplemented
+    ends = offs.tolist()
+    outputs = []
+    for group, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        if end > start:
+            weight = rec.apply(Tensor.__getitem__, mat_b, group)
+            y = rec.apply(torch.matmul, mat_a[start:end], weight)
+            own = None if bias is None else rec.apply(Tensor.__getitem__, bias, group)
+            outputs.append(y if own is None else rec.apply(torch.add, y, own))
+    rest = len(mat_a) - (ends[-1] if ends else 0)
+    return torch.cat([*outputs, mat_a.new_zeros(rest, mat_b.shape[-1])])
+
+
 def _product(
     rec: Recording,
     weight: Alias,
