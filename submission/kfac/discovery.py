@@ -5,17 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.autograd.graph import Node
 
 from .blocks.structure import Options, Structure, structure_of
 from .config import KFACConfig
 from .fisher.graph import leaves_beside
+from .fisher.losses import LossTerms
+from .operations.operation import UnitOperation
 from .operations.record import Recording
+from .operations.sharing import SharingRule, is_stated
 from .operations.uses import Use
 from .ranks import collectives
 
 logger = logging.getLogger(__name__)
+OTHER_DIMENSION = "an operation whose first dimension does not count the examples"
+PARTIAL_BIAS = "an addition to an output that is used without it, too"
 LOW_COVERAGE = 0.9  # share of the parameters in blocks with factors, below which a warning is due
 
 
@@ -73,24 +78,41 @@ def options_of(config: KFACConfig, approx: str) -> Options:
 
 
 def found_in(
-    recording: Recording, outputs: Sequence[Tensor], parameters: Mapping[str, nn.Parameter]
+    recording: Recording,
+    losses: Sequence[LossTerms],
+    parameters: Mapping[str, nn.Parameter],
+    sharing: SharingRule = None,
 ) -> tuple[dict[Use, None], dict[str, str]]:
     """The uses of parameters in a recorded pass, and how parameters reach the outputs besides.
 
     Args:
-        outputs: the logits of all losses.
+        losses: all that the pass has.
+        sharing: how rows share parameters, as given to `record`.
     """
-    below: dict[torch.autograd.graph.Node, list[torch.autograd.graph.Node | None]] = {}
+    below: dict[Node, list[Node | None]] = {}
+    entered: dict[Node, set[Node | None]] = {}
     for call in recording.calls:
         assert call.edge is not None
         below.setdefault(call.edge.node, []).extend(call.below)
     below.update({node: [call] for node, call in recording.bias_nodes.items()})
-    beside = leaves_beside([output.grad_fn for output in outputs], below)
+    beside = leaves_beside([loss.logits.grad_fn for loss in losses], below, entered)
     others = {
         name: recording.others.get(name, f"the operation {beside[id(parameter)] or 'itself'}")
         for name, parameter in parameters.items()
         if id(parameter) in beside
     }
+    for node, output in recording.bias_nodes.items():
+        if entered.get(output, {node}) != {node}:
+            for bias in recording.separate_bias(output):
+                others.setdefault(bias.parameter, PARTIAL_BIAS)
+    examples = [loss.logits.shape[loss.likelihood.example_dim(loss.logits)] for loss in losses]
+    for call in recording.calls:
+        if not isinstance(call.operation, UnitOperation) or call.batch_dim is not None:
+            continue
+        if not any(map(call.operation.counts, examples)):
+            for piece in call.use.pieces:
+                if not is_stated(sharing, piece.label):
+                    others.setdefault(piece.parameter, OTHER_DIMENSION)
     return dict.fromkeys(call.use for call in recording.calls), others
 
 

@@ -17,6 +17,7 @@ from .config import KFACConfig
 from .discovery import found_in, structure_from, trainable_parameters, unwrap
 from .fisher.collect import Collection
 from .fisher.likelihoods import Likelihood, as_likelihood
+from .fisher.losses import LossTerms
 from .fisher.passes import fisher_passes
 from .fisher.sampling import sampling_seed
 from .fisher.setting import detect_setting
@@ -181,7 +182,7 @@ def blocks_and_curvature(
         recording = Recording(parameters)
         with recording:
             logits = _call(model, inputs)
-        found = found_in(recording, [logits], parameters)
+        found = found_in(recording, [LossTerms(logits, likelihood)], parameters, sharing)
 
         def collection(approx: str) -> Collection:
             structure = structure_from(*found, parameters, config, approx)

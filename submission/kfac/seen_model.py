@@ -198,7 +198,7 @@ class SeenModel:
         noted = recording.others.keys() - self._noted
         if known is not None and not noted and all(call.use in known for call in recording.calls):
             return
-        uses, others = found_in(recording, [loss.logits for loss in losses], self.parameters)
+        uses, others = found_in(recording, losses, self.parameters, recorded.sharing)
         self._noted |= recording.others.keys()
         if known is None:
             state.uses, state.others = merged_over_ranks(uses, others)

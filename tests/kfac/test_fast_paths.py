@@ -62,7 +62,7 @@ def test_correlations_from_fourier_transforms_are_those_of_products(seed, monkey
     down, right = (int(k) for k in torch.randint(0, 6, (2,), generator=generator))
     shifts = [(dy, dx) for dy in range(down + 1) for dx in range(-right, right + 1)]
     shifts = [(dy, dx) for dy, dx in shifts if dy > 0 or dx >= 0]
-    monkeypatch.setattr(correlations, "SPECTRUM_CHUNK_ELEMENTS", 10 ** (1 + seed % 4))
+    monkeypatch.setattr(tuning, "SPECTRUM_CHUNK_ELEMENTS", 10 ** (1 + seed % 4))
     expected = torch.zeros(len(shifts), channels, channels)
     padded = nn.functional.pad(x, (right, right, 0, down))
     for (dy, dx), total in zip(shifts, expected, strict=True):
@@ -120,7 +120,7 @@ def test_shifted_products_say_what_they_are_not_for(options):
 @pytest.mark.parametrize("most_joint_counts", [0, 1 << 14])
 @pytest.mark.parametrize("seed", range(20))
 def test_sums_of_patches_are_made_without_patches(seed, most_joint_counts, monkeypatch):
-    monkeypatch.setattr(patches, "MOST_JOINT_COUNTS", most_joint_counts)
+    monkeypatch.setattr(tuning, "MOST_JOINT_COUNTS", most_joint_counts)
     layer, x = random_convolution(seed)
     geometry = geometry_of(layer)
     rows = patches.patches(x, geometry).sum(-1)
@@ -132,7 +132,7 @@ def test_patches_are_chunked_without_a_difference(monkeypatch):
     layer, x = nn.Conv2d(3, 2, 3, stride=2), torch.randn(7, 3, 9, 9)
     geometry = geometry_of(layer)
     whole = patches.patch_second_moment(x, geometry, 1)
-    monkeypatch.setattr(patches, "PATCH_CHUNK_ELEMENTS", 500)
+    monkeypatch.setattr(tuning, "PATCH_CHUNK_ELEMENTS", 500)
     torch.testing.assert_close(patches.patch_second_moment(x, geometry, 1), whole)
 
 
@@ -400,7 +400,8 @@ def test_factors_of_a_batch_are_the_mean_of_those_of_its_examples(fisher_type, j
     model, x = Images(), torch.randint(9, (50, 5))
     assert_the_mean_of_single_examples(
         model, x, ["conv", "inner"], likelihood="categorical", kfac_approx="expand",
-        fisher_type=fisher_type, bias="joint" if joint_bias else "separate", targets=torch.randint(9, (50, 5)),
+        fisher_type=fisher_type, bias="joint" if joint_bias else "separate",
+        targets=torch.randint(9, (50, 5)),
     )  # fmt: skip
 
 

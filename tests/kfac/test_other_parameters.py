@@ -12,6 +12,7 @@ from submission.kfac import (
     Categorical,
     DiagonalCurvature,
     KFACConfig,
+    Positions,
     Preconditioner,
     UnitwiseCurvature,
     curvature,
@@ -404,3 +405,33 @@ def test_several_parameters_by_row_are_preconditioned_each_alone():
     diagonals = [kfac.curvature()[name].diagonal for name in ("first", "second")]
     for p, g, d in zip(model.parameters(), plain, diagonals, strict=True):
         torch.testing.assert_close(p.grad, g / (d + 0.1))
+
+
+class Layout(nn.Module):
+    """A scale and a shift of values whose examples are in the second dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(3, 4), nn.Linear(4, 3)
+        self.scale, self.shift = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(2, 1, 4))
+
+    def forward(self, x):
+        h = torch.tanh(self.inner(x).transpose(0, 1) * self.scale) + self.shift
+        return self.outer(h.tanh().mean(0))
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+@pytest.mark.parametrize("is_stated", [True, False])
+def test_examples_in_another_dimension_are_stated_or_the_diagonal_is_used(is_stated, kfac_approx):
+    model, x = Layout(), torch.randn(5, 2, 3)
+    rule = {name: Positions(batch_dim=1) for name in ("scale", "shift")}
+    found = curvature(
+        model, x, likelihood="categorical", kfac_approx=kfac_approx, fisher_type="type-2",
+        sharing=rule if is_stated else None,
+    )  # fmt: skip
+    kind = UnitwiseCurvature if is_stated else DiagonalCurvature
+    truth = exact_diagonal(model, "scale", x).flatten()
+    torch.testing.assert_close(diagonal_of(found["scale"], kind), truth)
+    # A shift with entries of its own in the first dimension is always taken for such.
+    truth = exact_diagonal(model, "shift", x).flatten()
+    torch.testing.assert_close(diagonal_of(found["shift"], DiagonalCurvature), truth)

@@ -20,6 +20,7 @@ from submission.kfac import (
     Preconditioner,
     Segments,
     curvature,
+    tuning,
 )
 from submission.kfac.linalg.convolution import patches
 
@@ -619,7 +620,7 @@ def test_fast_paths_agree_with_plain_patches(problem, chunk):
     rows = rows.reshape(len(x), groups, -1, rows.shape[-1])
     torch.testing.assert_close(patches.patch_sum(x, geometry, groups), rows.sum(-1).movedim(1, 0))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(patches, "PATCH_CHUNK_ELEMENTS", chunk)
+        patch.setattr(tuning, "PATCH_CHUNK_ELEMENTS", chunk)
         moment = patches.patch_second_moment(x, geometry, groups)
     torch.testing.assert_close(moment, torch.einsum("ngdr,nger->gde", rows, rows))
 

@@ -13,7 +13,14 @@ from submission import submission
 from submission.algoperf_compat import spec
 from submission.batch_structure import kinds_by_probe, likelihood_of, sharing_of, valid_graphs
 from submission.hyperparameters import HyperparameterError
-from submission.kfac import Bernoulli, Categorical, Gaussian, Preconditioner, SharingError, kronecker_factors
+from submission.kfac import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    Preconditioner,
+    SharingError,
+    kronecker_factors,
+)
 
 SIZES = [([3, 1, 4, 2, 5], [4, 0, 6, 2, 7]), ([2, 2, 3, 1, 7], [2, 3, 1, 0, 9])]
 

@@ -71,7 +71,9 @@ def earliest(edges: list[GradientEdge]) -> list[GradientEdge]:
 
 
 def leaves_beside(
-    starts: Sequence[Node | None], below: Mapping[Node, Sequence[Node | None]]
+    starts: Sequence[Node | None],
+    below: Mapping[Node, Sequence[Node | None]],
+    entered: dict[Node, set[Node | None]],
 ) -> dict[int, str]:
     """Leaf tensors that a graph reaches without entering the recorded calls: id -> how.
 
@@ -81,22 +83,28 @@ def leaves_beside(
     Args:
         starts: where to begin.
         below: node of a call's output -> nodes of its input, where the walk goes on.
+        entered: is filled with node of a call's output -> the nodes that it was entered from; None
+            for the start.
     """
     found: dict[int, str] = {}
     seen: set[Node] = set()
-    stack: list[tuple[Node | None, str]] = [(start, "") for start in starts]
+    stack: list[tuple[Node | None, Node | None]] = [(start, None) for start in starts]
     while stack:
         node, above = stack.pop()
-        if node is None or node in seen:
+        if node is None:
+            continue
+        if node in below:
+            entered.setdefault(node, set()).add(above)
+        if node in seen:
             continue
         seen.add(node)
         if node in below:
-            stack += [(child, node.name()) for child in below[node]]
+            stack += [(child, node) for child in below[node]]
             continue
         leaf = getattr(node, "variable", None)
         if leaf is not None:
-            found[id(leaf)] = above
-        stack += [(child, node.name()) for child, _ in node.next_functions]
+            found[id(leaf)] = "" if above is None else above.name()
+        stack += [(child, node) for child, _ in node.next_functions]
     if below and not any(node in seen for node in below):
         raise GraphError(NOT_REACHED)
     return found

@@ -22,6 +22,7 @@ class LossTerms:
         likelihood, mask, targets: as `Likelihood` takes them.
         output: the loss, where it was seen.
         is_sum: whether it adds its terms up, and does not average them.
+        divisor: what a mean divides by, where that is not the sum of the weights.
     """
 
     logits: Tensor
@@ -30,6 +31,7 @@ class LossTerms:
     targets: Tensor | None = None
     output: Tensor | None = None
     is_sum: bool = False
+    divisor: int | None = None
 
 
 def _cross_entropy(arguments: dict[str, Any]) -> LossTerms:
@@ -57,7 +59,8 @@ def _bernoulli(arguments: dict[str, Any]) -> LossTerms:
         # -w y log σ - (1 - y) log (1 - σ) has w y + 1 - y times the curvature.
         own = 1 + (positive - 1) * targets
         mask = own if mask is None else mask * own
-    return LossTerms(logits, Bernoulli(), mask, targets)
+    divisor = None if mask is None else logits.numel()
+    return LossTerms(logits, Bernoulli(), mask, targets, divisor=divisor)
 
 
 def _gaussian(arguments: dict[str, Any]) -> LossTerms:

@@ -99,6 +99,8 @@ class RecordedPass:
         number, collection = len(self.losses), self.collection
         logits, likelihood = loss.logits, loss.likelihood
         terms = likelihood.terms(logits.detach(), loss.mask, loss.targets)
+        if loss.divisor is not None:
+            terms = torch.full_like(terms, loss.divisor)
         self.losses.append(loss)
         self.terms.append(terms)
         self.weights.append(None)

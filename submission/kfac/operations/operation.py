@@ -205,6 +205,14 @@ class UnitOperation(ABC):
     def rows(self, x: Tensor, sharing: Sharing) -> Tensor:
         """[N, R, units] for Positions, [rows, units] for Segments."""
 
+    def counts(self, examples: int) -> bool:
+        """Whether so many outputs may be those of the examples of this call, or of all their rows.
+
+        Asked where nothing else says which dimension counts the examples.
+        """
+        del examples
+        return True
+
     @abstractmethod
     def gradients(
         self, x: Tensor | None, g: Tensor, sharing: Sharing, dtype: torch.dtype

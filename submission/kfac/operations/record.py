@@ -164,6 +164,16 @@ class Recording(TorchFunctionMode):
         if node is not None and call.edge is not None:
             self.bias_nodes[node] = call.edge.node
 
+    def separate_bias(self, output: Node) -> list[Piece]:
+        """Takes the biases that were joined to the call of an output away from it again."""
+        separated = []
+        for call in self.calls:
+            use = call.use
+            if isinstance(use, LinearUse) and use.bias and call.edge and call.edge.node is output:
+                separated.append(use.bias)
+                call.use = replace(use, bias=None)
+        return separated
+
     def nodes_below(self, *entering: Any) -> tuple[Node, ...]:
         """Nodes of the graph that tensors come from which enter an operation.
 

@@ -193,6 +193,13 @@ def resolve(rule: SharingRule, layer: str, leading_size: int) -> Sharing:
     return rule
 
 
+def is_stated(rule: SharingRule, layer: str) -> bool:
+    """Whether a rule says how the rows of a layer share its weight."""
+    if isinstance(rule, Mapping):
+        return any(key in ("", layer) or layer.startswith(key + ".") for key in rule)
+    return rule is not None
+
+
 def check_names(rule: SharingRule, known: Sequence[str]) -> None:
     """Whether all names of a mapping are those of layers or modules, or prefixes of them.
 

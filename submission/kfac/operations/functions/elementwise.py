@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +26,15 @@ class Elementwise(UnitOperation):
 
     Attributes:
         shape: of γ or β, as it is broadcast: one dimension for each of the output's.
+        sizes: of the output.
     """
 
     shape: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def counts(self, examples: int) -> bool:
+        # Parameters outside of layers are used on tensors of any layout.
+        return examples in itertools.accumulate(self.sizes, operator.mul)
 
     def rows(self, x: Tensor, sharing: Sharing) -> Tensor:
         """[N, R, units] for Positions: R are the positions over which the parameter is broadcast.
@@ -69,7 +77,8 @@ def add(rec: Recording, func: Any, input: Any, other: Any = None, **kwargs: Any)
     y = func(input, other)
     if not y.requires_grad:
         return y
-    if bare is not None and _is_bias(shift, y, bare.use):
+    subtracted = getattr(func, "__name__", "") == "sub"
+    if bare is not None and not subtracted and _is_bias(shift, y, bare.use):
         rec.join_bias(bare, shift, y)
     else:
         record_shift(rec, shift, y, {"below": below})
@@ -117,7 +126,7 @@ def _record(
     if len(shape) > y.dim() or y.dim() < 2 or shape[0] != 1:
         rec.note(use, "an elementwise operation without a dimension of examples")
     elif y.requires_grad:
-        rec.add(use, Elementwise(shape), x, y, **known)
+        rec.add(use, Elementwise(shape, tuple(y.shape)), x, y, **known)
 
 
 @handles("mul", "__mul__", "__rmul__")
