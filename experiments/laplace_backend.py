@@ -106,7 +106,7 @@ class KFACGGN(GGNInterface):  # type: ignore[misc]
         key = (target, [(id(p), p.requires_grad) for p in target.parameters()])
         if self._partition is None or self._partition[0] != key:
             found = partition(
-                target, approx=self.kfac_approx, joint_bias=False, max_factor_side=_ANY_SIDE
+                target, approx=self.kfac_approx, bias="separate", max_factor_side=_ANY_SIDE
             )
             self._partition = (key, found)
         return self._partition[1]
@@ -185,7 +185,7 @@ class KFACGGN(GGNInterface):  # type: ignore[misc]
                 kfac_approx=self.kfac_approx,
                 fisher_type="mc" if self.stochastic else "type-2",
                 mc_samples=self.num_samples,
-                joint_bias=False,
+                bias="separate",
                 max_factor_side=_ANY_SIDE,
                 parts=parts,
                 share=share,

@@ -93,7 +93,7 @@ def memory_of(workload: str, settings: KFACConfig) -> Memory:
     parts = partition(
         skeleton(record["modules"]),
         approx=settings.kfac_approx,
-        joint_bias=settings.joint_bias,
+        bias=settings.bias,
         max_factor_side=settings.max_factor_side,
     )
     rows = tuple(report_rows(parts, settings.fallback, {}))

@@ -107,7 +107,7 @@ def make_batches(parts: Sequence[Part], store: MutableMapping[str, Tensors]) -> 
 def _layout(part: Part, own: Tensors) -> Layout:
     """Matrices join along their groups, units and entries of a diagonal in one long row."""
     if isinstance(part, KroneckerPart) and own:
-        return Layout((part.kind.groups(part.module), *part.sides), 0)
+        return Layout((part.kind.groups(part.module), *part.gradient_sides), 0)
     if isinstance(part, UnitwisePart) and own and part.has_bias:
         return Layout((2, -1), 1)
     return Layout((1, -1), 1)

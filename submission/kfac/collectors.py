@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import factors
 from .graph import GraphError, saves_elsewhere
 from .low_rank import most_rows
-from .norms import Statistics, example_gradients, kept_statistics
+from .norms import Statistics, example_gradients, kept_statistics, row_gradients
 from .sharing import Sharing, SharingError, check_segments, count_rows, rows_per_example
 from .statistics import (
     KroneckerPart,
@@ -136,7 +136,7 @@ class ExpandCollector(Collector):
         part = self.part
         leading = part.kind.leading(module, x, sharing)
         self.positions = str(leading[-1]) if len(leading) > 1 else "-"
-        joint = part.has_bias and part.joint_bias
+        joint = part.has_ones and not part.is_separate
         if part.kind.has_plain_rows and leading.numel() <= self._most["A"]:
             values = x.to(self._dtype)
             # The ones go in before padding is taken out, which has none.
@@ -148,13 +148,13 @@ class ExpandCollector(Collector):
         else:
             self._add_inputs(x, sharing, module)
         count = count_rows(leading, sharing)
-        if part.has_bias and not part.joint_bias:
+        if part.is_separate:
             _corner(self._moment("A")).add_(count)
         self.sums["count"] += count
         self.sharings.append(sharing)
         if self._keep_rows:
             rows = part.kind.input_rows(module, x, sharing).to(self._dtype)
-            self._inputs.append(factors.append_ones(rows) if part.has_bias else own_copy(rows, x))
+            self._inputs.append(factors.append_ones(rows) if part.has_ones else own_copy(rows, x))
 
     def _may_wait(self, x: Tensor, module: Any) -> bool:
         """Whether A takes so much memory that it should be formed late.
@@ -166,9 +166,8 @@ class ExpandCollector(Collector):
         part = self.part
         if part.diagonal_input or not part.kind.saves_input(module, x):
             return False
-        is_joint = part.joint_bias or not part.has_bias
         is_large = part.sides[1] ** 2 > LARGE * x.numel()
-        return is_large and is_joint and not saves_elsewhere()
+        return is_large and not part.is_separate and not saves_elsewhere()
 
     def output(self, y: Tensor) -> None:
         if self._waiting and self._waiting[-1].x.dtype != y.dtype:
@@ -185,7 +184,7 @@ class ExpandCollector(Collector):
             self._add_inputs(call.x, call.sharing, call.module)
 
     def _add_inputs(self, x: Tensor, sharing: Sharing, module: Any) -> None:
-        part, joint = self.part, self.part.has_bias and self.part.joint_bias
+        part, joint = self.part, self.part.has_ones and not self.part.is_separate
         is_first = "A" not in self.sums and "A_rows" not in self.sums
         if part.kind.has_plain_rows and not part.diagonal_input and is_first:
             side = part.sides[1]
@@ -268,13 +267,12 @@ class ReduceCollector(Collector):
         ragged = any(sharing.is_ragged for sharing in self.sharings)
         scale, self._gradient_scale = factors.reduce_scales(self._rows, ragged, self.ragged_scaling)
         rows = self._inputs * scale
-        if part.has_bias:
+        if part.has_ones:
             rows = factors.append_ones(rows, self._rows.unsqueeze(-1) * scale)
         if self._keep_rows:
             self._kept_inputs = rows
-        separate = part.has_bias and not part.joint_bias
-        self._add_rows("A", rows, part.diagonal_input, keep=not separate)
-        if separate and not part.diagonal_input:
+        self._add_rows("A", rows, part.diagonal_input, keep=not part.is_separate)
+        if part.is_separate and not part.diagonal_input:
             self.sums["A"][:, :-1, -1] = 0
             self.sums["A"][:, -1, :-1] = 0
         self._inputs = self._rows = None
@@ -327,15 +325,12 @@ class UnitwiseCollector(Collector):
     def gradient(self, call: int, g: Tensor) -> None:
         part, x = self.part, self._inputs[call]
         assert x is not None
-        total = example_gradients(
-            part.kind,
-            part.module,
-            x,
-            g,
-            self.sharings[call],
-            self.sums["F"].dtype,
-            self._statistics[call],
-        )
+        dtype, sharing = self.sums["F"].dtype, self.sharings[call]
+        if part.by_position:
+            self._add(row_gradients(part.kind, part.module, x, g, sharing, dtype))
+            return
+        statistics = self._statistics[call]
+        total = example_gradients(part.kind, part.module, x, g, sharing, dtype, statistics)
         self._gradients = total if self._gradients is None else self._gradients + total
 
     def forget(self, call: int) -> None:
@@ -347,10 +342,14 @@ class UnitwiseCollector(Collector):
         grads = self._gradients
         if single:  # BatchNorm carries one example's gradient to the activations of the others
             grads = grads.sum(1, keepdim=True)
+        self._add(grads)
+        self._gradients = None
+
+    def _add(self, grads: Tensor) -> None:
+        """Adds the products of gradients [1 or 2, rows, units]."""
         first = grads[[0, 0, 1]] if self.part.has_bias else grads
         second = grads[[0, 1, 1]] if self.part.has_bias else grads
         self.sums["F"] += (first * second).sum(1)
-        self._gradients = None
 
 
 def _corner(moment: Tensor) -> Tensor:
@@ -369,11 +368,10 @@ def most_rows_of(part: KroneckerPart, uses: int | None) -> dict[str, int]:
     if uses is None or part.diagonal_input or part.diagonal_gradient:
         return {"A": 0, "B": 0}
     out_side, in_side = part.sides
-    separate = part.has_bias and not part.joint_bias
     if uses == 0:
-        return {"A": 0 if separate else in_side // FEW, "B": out_side // FEW}
+        return {"A": 0 if part.is_separate else in_side // FEW, "B": out_side // FEW}
     return {
         # A gradient [P_out, P_in] is P_out vectors for A and P_in for B.
-        "A": 0 if separate else most_rows(in_side, uses * out_side),
+        "A": 0 if part.is_separate else most_rows(in_side, uses * out_side),
         "B": most_rows(out_side, uses * in_side),
     }

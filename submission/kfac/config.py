@@ -16,6 +16,15 @@ DIRECTIONS = {
     "eigenbasis_adam": "Adam's update in the eigenbasis of the factors, see `eigenbasis_adam`",
 }
 FALLBACKS = ("diagonal", "gradient")
+BIASES = {
+    "joint": "a column of the weight: ones are appended to the inputs",
+    "separate": "a block of its own, 1 ⊗ B",
+    "output": "not in A: its gradient is multiplied by the damped inverse of B alone, as in ASDL",
+}
+NORM_ROWS = {
+    "examples": "the gradient of an example, summed over its positions: exact blocks",
+    "positions": "the gradient at every position by itself, as in ASDL",
+}
 SMALLEST_DAMPING = 1e-30  # whose reciprocal is a float32
 
 
@@ -42,7 +51,9 @@ class KFACConfig:
         factor_update_steps: steps between updates of the factors.
         inverse_update_steps: steps between updates of the inverses; a multiple of the former.
         early_updates: within the first interval also update at steps 1, 2, 4, 8, ...
-        joint_bias: treat weight and bias as one matrix; otherwise as two blocks.
+        bias: how a layer's bias is preconditioned, see BIASES; "output" needs a damping_kind that
+            damps the factors.
+        norm_rows: what counts as one gradient of a normalisation layer, see NORM_ROWS.
         ragged_scaling: see `factors.RAGGED_SCALINGS`.
         factor_precision: see `factors.PRECISIONS`.
         max_factor_side: larger sides keep only the diagonal of their factor; parameters outside
@@ -73,7 +84,8 @@ class KFACConfig:
     factor_update_steps: int = 10
     inverse_update_steps: int = 10
     early_updates: bool = True
-    joint_bias: bool = True
+    bias: str = "joint"
+    norm_rows: str = "examples"
     ragged_scaling: str = "sqrt"
     factor_precision: str = "float32"
     max_factor_side: int = 8192
@@ -88,6 +100,8 @@ class KFACConfig:
         _check_choice("kfac_approx", self.kfac_approx, KFAC_APPROXES)
         _check_choice("fisher_type", self.fisher_type, FISHER_TYPES)
         _check_choice("damping_kind", self.damping_kind, tuple(DAMPING_KINDS))
+        _check_choice("bias", self.bias, tuple(BIASES))
+        _check_choice("norm_rows", self.norm_rows, tuple(NORM_ROWS))
         _check_choice("ragged_scaling", self.ragged_scaling, tuple(RAGGED_SCALINGS))
         _check_choice("factor_precision", self.factor_precision, tuple(PRECISIONS))
         _check_choice("fallback", self.fallback, FALLBACKS)
@@ -111,6 +125,10 @@ class KFACConfig:
             raise ValueError(
                 f"eigenvalue_correction needs damping_kind 'exact', not {self.damping_kind!r}: "
                 "only there the eigenvalues are at hand"
+            )
+        if self.bias == "output" and self.damping_kind == "exact":
+            raise ValueError(
+                "bias 'output' needs the inverse of B by itself: damping_kind must not be 'exact'"
             )
         if self.inverse_update_steps % self.factor_update_steps:
             raise ValueError(

@@ -36,7 +36,7 @@ def kronecker_factors(
     generator: torch.Generator | None = None,
     targets: Tensor | None = None,
     ragged_scaling: str = "sqrt",
-    joint_bias: bool = True,
+    bias: str = "joint",
 ) -> dict[str, KroneckerFactors]:
     """A and B of every linear layer of a model on one batch.
 
@@ -57,8 +57,8 @@ def kronecker_factors(
             agree. Pass your own for independent draws.
         targets: true labels, where they are needed.
         ragged_scaling: see `factors.RAGGED_SCALINGS`.
-        joint_bias: whether the bias is a column of the weight; otherwise it is a block of its own
-            (the last row and column of A are zero but for the corner).
+        bias: see `config.BIASES`. Where it is "separate", the last row and column of A are zero
+            but for the corner; where it is "output", A has none for it.
 
     Returns:
         Layer name -> factors.
@@ -75,7 +75,7 @@ def kronecker_factors(
         generator=generator,
         targets=targets,
         ragged_scaling=ragged_scaling,
-        joint_bias=joint_bias,
+        bias=bias,
         layers_only=True,
     )
     return {
@@ -96,7 +96,7 @@ def curvature(
     generator: torch.Generator | None = None,
     targets: Tensor | None = None,
     ragged_scaling: str = "sqrt",
-    joint_bias: bool = True,
+    bias: str = "joint",
     max_factor_side: int = 8192,
     layers_only: bool = False,
     parts: Partition | None = None,
@@ -121,7 +121,7 @@ def curvature(
     if kfac_approx == "auto":
         kfac_approx = _detected(model, inputs, likelihood, sharing)
     parts = parts or partition(
-        model, approx=kfac_approx, joint_bias=joint_bias, max_factor_side=max_factor_side
+        model, approx=kfac_approx, bias=bias, max_factor_side=max_factor_side
     )
     kept = [p for p in parts.parts if not layers_only or isinstance(p, KroneckerPart)]
     # Buffers are put back after the Fisher passes: autograd checks that nothing has changed them.
@@ -182,7 +182,7 @@ def curvature(
 
 def _detected(model: nn.Module, inputs: Any, likelihood: Likelihood, sharing: SharingRule) -> str:
     """The setting that a forward pass shows."""
-    parts = partition(model, approx="expand", joint_bias=True, max_factor_side=1).parts
+    parts = partition(model, approx="expand", max_factor_side=1).parts
     with _undisturbed(model), torch.enable_grad():
         recording = Recording(model, parts, sharing)
         with recording:

@@ -196,11 +196,19 @@ def precondition(part: Part, inverse: Inverse, gradient: Tensor) -> Tensor:
     if "A.eigenvalues" in inverse:
         return _precondition_product(inverse, gradient)
     a, b = _side(inverse, "A"), _side(inverse, "B")
-    result = apply_right(apply_left(b, gradient), a)
-    scales = [scale for side in (a, b) if (scale := scale_of(side)) is not None]
-    if scales:
-        result.mul_(math.prod(scales[1:], start=scales[0]).reshape(-1, 1, 1))
-    return result
+    left = apply_left(b, gradient)
+    if part.has_bias and not part.has_ones:
+        weight, bias = left[..., :-1], left[..., -1:]
+        return torch.cat([_scaled(apply_right(weight, a), a, b), _scaled(bias, b)], -1)
+    return _scaled(apply_right(left, a), a, b)
+
+
+def _scaled(result: Tensor, *sides: FactorInverse) -> Tensor:
+    """The result times the scales of the inverses that it was multiplied by, see `scale_of`."""
+    scales = [scale for side in sides if (scale := scale_of(side)) is not None]
+    if not scales:
+        return result
+    return result.mul_(math.prod(scales[1:], start=scales[0]).reshape(-1, 1, 1))
 
 
 def _side(inverse: Inverse, side: str) -> FactorInverse:

@@ -67,7 +67,8 @@ class ModelParts:
         return partition(
             self._model,
             approx=approx,
-            joint_bias=self._config.joint_bias,
+            bias=self._config.bias,
+            norm_rows=self._config.norm_rows,
             max_factor_side=self._config.max_factor_side,
             exclude=self._config.exclude,
         )

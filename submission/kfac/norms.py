@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .sharing import Positions, Sharing, flatten_positions, sum_rows
+from .sharing import Positions, Sharing, flatten_positions, sum_rows, zero_padding
 
 
 class NormKind(ABC):
@@ -138,6 +138,17 @@ def example_gradients(
     if getattr(module, "bias", None) is None:
         return scale.unsqueeze(0)
     return torch.stack([scale, shift])
+
+
+def row_gradients(
+    kind: NormKind, module: nn.Module, x: Tensor, g: Tensor, sharing: Sharing, dtype: torch.dtype
+) -> Tensor:
+    """Would-be gradients of (γ, β), or of γ alone, at each position: [1 or 2, rows, units]."""
+    x_rows = kind.rows(module, kind.normalized(module, x.detach()), sharing).to(dtype)
+    g_rows = zero_padding(kind.rows(module, g, sharing).to(dtype), sharing)
+    gradients = [zero_padding(g_rows * x_rows, sharing), g_rows]
+    kept = gradients[: 1 if getattr(module, "bias", None) is None else 2]
+    return torch.stack([rows.flatten(0, -2) for rows in kept])
 
 
 def _batch_norm_gradients(

@@ -45,7 +45,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 @dataclass(frozen=True)
 class _Options:
     approx: str
-    joint_bias: bool
+    bias: str
+    by_position: bool
     max_factor_side: int
     exclude: tuple[str, ...]
 
@@ -54,8 +55,9 @@ def partition(
     model: nn.Module,
     *,
     approx: str,
-    joint_bias: bool,
     max_factor_side: int,
+    bias: str = "joint",
+    norm_rows: str = "examples",
     exclude: tuple[str, ...] = (),
 ) -> Partition:
     """Splits the trainable parameters of an (unwrapped) model into parts.
@@ -67,7 +69,7 @@ def partition(
         ValueError: the model has no trainable parameter, a parameter has no shape yet, or a
             module to exclude does not exist.
     """
-    options = _Options(approx, joint_bias, max_factor_side, exclude)
+    options = _Options(approx, bias, norm_rows == "positions", max_factor_side, exclude)
     modules = dict(model.named_modules())
     for key in exclude:
         if key not in modules:
@@ -157,8 +159,9 @@ def _parts_of(
         return [], "its weight is computed from other parameters (parametrisation)"
     slices = _slices(name, module)
     if norm_kind is not None:
-        reason = "normalisation layer: exact unit-wise blocks"
-        return [UnitwisePart(name, module, norm_kind, slices)], reason
+        how = "unit-wise blocks by position" if options.by_position else "exact unit-wise blocks"
+        reason = f"normalisation layer: {how}"
+        return [UnitwisePart(name, module, norm_kind, slices, options.by_position)], reason
     assert kind is not None
     reason = kind.unsupported(module)
     if reason is not None:
@@ -232,7 +235,7 @@ def _kronecker_part(
     also: tuple[nn.Module, ...] = (),
 ) -> KroneckerPart:
     out_side, in_side = kind.sides(module)
-    in_side += len(slices) - 1
+    in_side += len(slices) > 1 and options.bias != "output"
     too_wide = in_side > options.max_factor_side
     return KroneckerPart(
         name=name,
@@ -240,7 +243,7 @@ def _kronecker_part(
         kind=kind,
         approx=options.approx,
         slices=slices,
-        joint_bias=options.joint_bias,
+        bias=options.bias,
         diagonal_input=too_wide or kind.keeps_diagonal_input(module, options.approx),
         diagonal_gradient=out_side > options.max_factor_side,
         also=also,

@@ -29,6 +29,7 @@ class KroneckerPart:
         name: the module's name in the model; a map inside a fused module has its name added.
         module: the layer, or a `LinearView` into a fused module.
         slices: the weight, and the bias if there is one.
+        bias: see `config.BIASES`.
         also: further modules of the same kind that hold the same parameters.
         embedding: an nn.Embedding that shares the weight with this nn.Linear, see `tied`.
         diagonal_input, diagonal_gradient: only the diagonal of A, or B, is kept.
@@ -39,7 +40,7 @@ class KroneckerPart:
     kind: Kind
     approx: str
     slices: tuple[ParameterSlice, ...]
-    joint_bias: bool
+    bias: str
     diagonal_input: bool
     diagonal_gradient: bool
     also: tuple[nn.Module, ...] = ()
@@ -51,20 +52,41 @@ class KroneckerPart:
         return len(self.slices) > 1
 
     @property
+    def has_ones(self) -> bool:
+        """Whether A has a row and a column for a bias."""
+        return self.has_bias and self.bias != "output"
+
+    @property
+    def is_separate(self) -> bool:
+        """Whether that row and column are zero but for the corner."""
+        return self.has_bias and self.bias == "separate"
+
+    @property
     def sides(self) -> tuple[int, int]:
-        """(P_out, P_in), the column of ones included."""
+        """(P_out, P_in) of the factors, the column of ones included."""
+        out_side, in_side = self.kind.sides(self.module)
+        return out_side, in_side + int(self.has_ones)
+
+    @property
+    def gradient_sides(self) -> tuple[int, int]:
+        """(P_out, P_in) of the gradient in its canonical view, the column of a bias included."""
         out_side, in_side = self.kind.sides(self.module)
         return out_side, in_side + int(self.has_bias)
 
 
 @dataclass(frozen=True)
 class UnitwisePart:
-    """Scale and shift of a normalisation layer: one 2×2 (or 1×1) block per unit."""
+    """Scale and shift of a normalisation layer: one 2×2 (or 1×1) block per unit.
+
+    Args:
+        by_position: every position's gradient counts by itself, see `config.NORM_ROWS`.
+    """
 
     name: str
     module: nn.Module
     kind: NormKind
     slices: tuple[ParameterSlice, ...]
+    by_position: bool = False
 
     @property
     def has_bias(self) -> bool:

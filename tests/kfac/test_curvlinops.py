@@ -101,7 +101,7 @@ def targets_for(likelihood, logits, class_dim):
     return torch.randn(logits.shape)
 
 
-def their_blocks(model, loss, batches, joint_bias, **options):
+def their_blocks(model, loss, batches, bias_block, **options):
     """Layer name -> dense block in the order of the flattened matrix [P_out, P_in (+1)]."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     operator = curvlinops.KFACLinearOperator(
@@ -110,7 +110,7 @@ def their_blocks(model, loss, batches, joint_bias, **options):
         parameters,
         batches,
         check_deterministic=False,
-        separate_weight_and_bias=not joint_bias,
+        separate_weight_and_bias=bias_block == "separate",
         **options,
     )
     size = sum(p.numel() for p in parameters)
@@ -130,7 +130,7 @@ def their_blocks(model, loss, batches, joint_bias, **options):
     return blocks
 
 
-def check(model, x, likelihood, kfac_approx, fisher_type, joint_bias, reduction, class_dim=-1):
+def check(model, x, likelihood, kfac_approx, fisher_type, bias_block, reduction, class_dim=-1):
     logits = model(x)
     targets = targets_for(likelihood, logits, class_dim)
     ours = kronecker_factors(
@@ -140,7 +140,7 @@ def check(model, x, likelihood, kfac_approx, fisher_type, joint_bias, reduction,
         kfac_approx=kfac_approx,
         fisher_type=fisher_type,
         targets=targets,
-        joint_bias=joint_bias,
+        bias=bias_block,
     )
     # Two batches of different sizes there, one here: the factors are those of all the data.
     batches = [(x[:2], targets[:2]), (x[2:], targets[2:])]
@@ -148,7 +148,7 @@ def check(model, x, likelihood, kfac_approx, fisher_type, joint_bias, reduction,
         model,
         LOSSES[likelihood](reduction=reduction),
         batches,
-        joint_bias,
+        bias_block,
         kfac_approx=kfac_approx,
         fisher_type=fisher_type,
     )
@@ -162,7 +162,7 @@ def check(model, x, likelihood, kfac_approx, fisher_type, joint_bias, reduction,
 
 
 reductions = pytest.mark.parametrize("reduction", ["mean", "sum"])
-biases = pytest.mark.parametrize("joint_bias", [True, False], ids=["joint", "separate"])
+biases = pytest.mark.parametrize("bias_block", ["joint", "separate"])
 fishers = pytest.mark.parametrize("fisher_type", FISHER_TYPES)
 losses = pytest.mark.parametrize("likelihood", list(LOSSES))
 approxes = pytest.mark.parametrize("kfac_approx", APPROXES)
@@ -175,9 +175,9 @@ approxes = pytest.mark.parametrize("kfac_approx", APPROXES)
 @reductions
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_linear_layers_on_vectors(
-    kfac_approx, fisher_type, likelihood, joint_bias, reduction, bias
+    kfac_approx, fisher_type, likelihood, bias_block, reduction, bias
 ):
-    check(mlp(bias), torch.randn(5, 4), likelihood, kfac_approx, fisher_type, joint_bias, reduction)
+    check(mlp(bias), torch.randn(5, 4), likelihood, kfac_approx, fisher_type, bias_block, reduction)
 
 
 @approxes
@@ -187,22 +187,22 @@ def test_linear_layers_on_vectors(
 @reductions
 @pytest.mark.parametrize("sharing", [(3,), (2, 3)], ids=["3-d", "4-d"])
 def test_linear_layers_with_shared_positions_and_one_loss_for_each_example(
-    kfac_approx, fisher_type, likelihood, joint_bias, reduction, sharing
+    kfac_approx, fisher_type, likelihood, bias_block, reduction, sharing
 ):
     x = torch.randn(5, *sharing, 4)
-    check(pooled(), x, likelihood, kfac_approx, fisher_type, joint_bias, reduction)
+    check(pooled(), x, likelihood, kfac_approx, fisher_type, bias_block, reduction)
 
 
 @fishers
 @losses
 @biases
 @reductions
-def test_expand_with_a_loss_at_every_position(fisher_type, likelihood, joint_bias, reduction):
+def test_expand_with_a_loss_at_every_position(fisher_type, likelihood, bias_block, reduction):
     model, class_dim = tokens(nn.Tanh()), -1
     if likelihood == "categorical":
         model, class_dim = model.append(ClassesSecond()), 1
     x = torch.randn(5, 3, 4)
-    check(model, x, likelihood, "expand", fisher_type, joint_bias, reduction, class_dim)
+    check(model, x, likelihood, "expand", fisher_type, bias_block, reduction, class_dim)
 
 
 @approxes
@@ -210,13 +210,13 @@ def test_expand_with_a_loss_at_every_position(fisher_type, likelihood, joint_bia
 @biases
 @reductions
 def test_empirical_with_a_loss_at_every_one_of_interacting_positions(
-    kfac_approx, likelihood, joint_bias, reduction
+    kfac_approx, likelihood, bias_block, reduction
 ):
     model, class_dim = tokens(Interacting()), -1
     if likelihood == "categorical":
         model, class_dim = model.append(ClassesSecond()), 1
     x = torch.randn(5, 3, 4)
-    check(model, x, likelihood, kfac_approx, "empirical", joint_bias, reduction, class_dim)
+    check(model, x, likelihood, kfac_approx, "empirical", bias_block, reduction, class_dim)
 
 
 CONVOLUTIONS = {
@@ -236,7 +236,7 @@ CONVOLUTIONS = {
 @pytest.mark.parametrize("options", list(CONVOLUTIONS))
 @pytest.mark.parametrize("reduction", ["mean"])
 @pytest.mark.parametrize("head", ["flatten", "pool"])
-def test_convolutions(kfac_approx, fisher_type, likelihood, joint_bias, reduction, options, head):
+def test_convolutions(kfac_approx, fisher_type, likelihood, bias_block, reduction, options, head):
     x = torch.randn(4, 2, 5, 4)
     convolution = nn.Conv2d(2, 3, **CONVOLUTIONS[options])
     body = nn.Sequential(convolution, nn.ReLU(), nn.Conv2d(3, 2, 2, padding=1), nn.Tanh())
@@ -245,7 +245,7 @@ def test_convolutions(kfac_approx, fisher_type, likelihood, joint_bias, reductio
         model = nn.Sequential(*body, SpatialMean(), nn.Linear(2, 3))
     else:
         model = nn.Sequential(*body, nn.Flatten(), nn.Linear(features[0].numel(), 2))
-    check(model, x, likelihood, kfac_approx, fisher_type, joint_bias, reduction)
+    check(model, x, likelihood, kfac_approx, fisher_type, bias_block, reduction)
 
 
 @approxes

@@ -40,7 +40,7 @@ def test_with_a_fixed_basis_it_is_nadamw_on_rotated_parameters():
 
 def linear_part():
     model = nn.Sequential(nn.Linear(3, 2, bias=False))
-    return partition(model, approx="expand", joint_bias=True, max_factor_side=100).parts
+    return partition(model, approx="expand", max_factor_side=100).parts
 
 
 def test_a_turn_by_a_permutation_moves_the_second_moments_along():

@@ -394,19 +394,19 @@ def waited(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("joint_bias", [True, False])
+@pytest.mark.parametrize("bias", ["joint", "separate"])
 @pytest.mark.parametrize("fisher_type", ["type-2", "mc", "empirical"])
-def test_factors_that_are_formed_late_are_the_same(fisher_type, joint_bias, waited, monkeypatch):
+def test_factors_that_are_formed_late_are_the_same(fisher_type, bias, waited, monkeypatch):
     model, x = Images(), torch.randint(9, (3, 5))
     options = {
         "likelihood": "categorical",
         "kfac_approx": "expand",
         "fisher_type": fisher_type,
-        "joint_bias": joint_bias,
+        "bias": bias,
         "targets": torch.randint(9, (3, 5)),
     }
     late = curvature(model, x, **options)
-    assert waited == ["conv"] * joint_bias  # the first call's input is not contiguous
+    assert waited == ["conv"] * (bias == "joint")  # the first call's input is not contiguous
     monkeypatch.setattr(collectors, "LARGE", float("inf"))
     for name, block in curvature(model, x, **options).items():
         torch.testing.assert_close(late[name].to_dense(), block.to_dense(), rtol=1e-12, atol=0)

@@ -15,7 +15,7 @@ from submission.kfac.partition import partition
 
 def record(model, *args, **kwargs):
     """Outputs of a model while it is recorded, and the recording."""
-    parts = partition(model, approx="expand", joint_bias=True, max_factor_side=100).parts
+    parts = partition(model, approx="expand", max_factor_side=100).parts
     recording = Recording(model, parts)
     with recording:
         output = model(*args, **kwargs)

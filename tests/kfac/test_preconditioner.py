@@ -372,7 +372,7 @@ def test_too_many_failures_in_a_row_end_training_with_one_message():
     [
         ({"damping": 0.0}, "damping must be positive"),
         ({"damping": float("nan")}, "damping must be positive"),
-        ({"damping_kind": "tikhonov"}, "damping_kind must be one of both_factors, pi, exact"),
+        ({"damping_kind": "tikhonov"}, "damping_kind must be one of both_factors, pi, asdl, exact"),
         ({"kfac_approx": "shrink"}, "kfac_approx must be one of expand, reduce"),
         ({"fisher_type": "full"}, "fisher_type must be one of mc, type-2, empirical"),
         ({"factor_decay": 1.0}, r"factor_decay must be in \[0, 1\)"),

@@ -21,6 +21,7 @@ from submission.kfac import (
     convolution,
     curvature,
 )
+from submission.kfac.config import BIASES
 
 LIKELIHOODS = {"categorical": Categorical, "bernoulli": Bernoulli, "gaussian": Gaussian}
 APPROXES = ("expand", "reduce")
@@ -31,6 +32,7 @@ seeds = st.integers(0, 2**31 - 1)
 widths = st.integers(1, 5)
 approxes = st.sampled_from(APPROXES)
 likelihoods = st.sampled_from(sorted(LIKELIHOODS))
+biases = st.sampled_from(sorted(BIASES))
 
 
 def examples(count):
@@ -218,9 +220,9 @@ def assert_psd(matrices):
 
 
 @examples(50)
-@given(problems, approxes, st.sampled_from(FISHER_TYPES), likelihoods, st.booleans())
+@given(problems, approxes, st.sampled_from(FISHER_TYPES), likelihoods, biases)
 def test_every_block_is_symmetric_positive_semidefinite(
-    problem, kfac_approx, fisher_type, likelihood, joint_bias
+    problem, kfac_approx, fisher_type, likelihood, bias
 ):
     model, x = problem
     blocks = curvature(
@@ -231,7 +233,7 @@ def test_every_block_is_symmetric_positive_semidefinite(
         fisher_type=fisher_type,
         mc_samples=2,
         targets=targets_of(likelihood, model(x)),
-        joint_bias=joint_bias,
+        bias=bias,
     )
     assert blocks
     for block in blocks.values():
