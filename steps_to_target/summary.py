@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from steps_to_target.differences import comparison_warnings
 from steps_to_target.errors import CompareError
 from steps_to_target.model import Run, Status
-from steps_to_target.paper import PAPER_ROWS, PaperRow, paper_kind
+from steps_to_target.paper import PaperRow, paper_reference, paper_row, paper_rows
 from steps_to_target.statistics import Ratio, Stat, describe, median_with_misses, ratio_of_means
 from steps_to_target.targets import builtin_target
 
@@ -150,9 +150,8 @@ def _group(workload: str, method: str, runs: Sequence[Run]) -> Group:
     )
 
 
-def _paper_group(workload: str, row: PaperRow, reference: PaperRow) -> Group:
-    seconds = math.nan if row.hours is None else row.hours * 3600
-    base = None if reference.hours is None else reference.hours * 3600
+def _paper_group(workload: str, row: PaperRow) -> Group:
+    reference = paper_reference(workload, row)
     own = row is reference
     return Group(
         workload=workload,
@@ -160,9 +159,9 @@ def _paper_group(workload: str, row: PaperRow, reference: PaperRow) -> Group:
         runs=(),
         repetitions="as published",
         steps=Stat(1, row.steps, row.steps_stderr, math.nan, 1),
-        seconds=Stat(1 if row.hours else 0, seconds, math.nan, math.nan, 1),
+        seconds=Stat(1, row.hours * 3600, row.hours_stderr * 3600, math.nan, 1),
         ratio_steps=None if own else Ratio(row.steps / reference.steps, None, None),
-        ratio_seconds=None if own or base is None else Ratio(seconds / base, None, None),
+        ratio_seconds=None if own else Ratio(row.hours / reference.hours, None, None),
         is_reference=own,
         paper=True,
     )
@@ -182,16 +181,14 @@ def _with_ratios(group: Group, reference: Group | None) -> Group:
 
 def _paper_note(group: Group) -> str:
     """Whether the paper's ratio lies within this method's interval."""
-    kind = paper_kind(group.method)
-    rows = PAPER_ROWS.get(group.workload, ())
-    base = next((row for row in rows if row.kind == "reference"), None)
-    row = next((row for row in rows if row.kind == kind), None)
-    if row is None or base is None or group.ratio_steps is None:
+    row = paper_row(group.workload, group.method)
+    if row is None or group.ratio_steps is None:
         return ""
-    expected, ratio = row.steps / base.steps, group.ratio_steps
+    base, ratio = paper_reference(group.workload, row), group.ratio_steps
+    expected = row.steps / base.steps
     text = (
         f"{group.workload}: {group.method} takes {ratio.value:.3f} of the reference's steps, "
-        f"the paper's K-FAC-{kind} {expected:.3f}"
+        f"the paper's K-FAC-{row.kind} {expected:.3f}"
     )
     if ratio.low is None or ratio.high is None:
         return f"{text} (no interval: fewer than two repetitions on a side)"
@@ -243,9 +240,9 @@ def summarize(runs: Sequence[Run], reference: str | None = None, *, paper: bool 
         warnings += comparison_warnings(workload, {group.method: group.runs for group in own})
         warnings += _censored(own)
         groups += own
-        if paper and workload in PAPER_ROWS:
-            rows = PAPER_ROWS[workload]
-            groups += [_paper_group(workload, row, rows[0]) for row in rows]
+        rows = paper_rows(workload, [group.method for group in own]) if paper else []
+        if rows:
+            groups += [_paper_group(workload, row) for row in rows]
             other = _other_targets(workload, own)
             warnings += other
             if not other:

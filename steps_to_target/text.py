@@ -28,8 +28,9 @@ _INTERVAL_COMMA = re.compile(r"(?<=\d), (?=\d)")
 
 
 def in_hours(groups: list[MethodGroup]) -> bool:
-    """Whether times of these groups read better in hours than in seconds."""
-    means = [group.seconds.mean for group in groups if not math.isnan(group.seconds.mean)]
+    """Whether times of these groups read better in hours than in seconds; the paper's aside."""
+    own = [group.seconds.mean for group in groups if not group.paper]
+    means = [mean for mean in own if not math.isnan(mean)]
     return bool(means) and max(means) >= _HOURS_FROM
 
 
@@ -67,12 +68,14 @@ def mean_time(stat: Stat, hours: bool) -> str:
     return f"{stat.mean / unit:,.{digits}f} ± {stat.stderr / unit:,.{digits}f} {name}"
 
 
-def ratio_text(ratio: Ratio | None, is_reference: bool = False) -> str:
-    """``0.52 [0.45, 0.60]``; ``1`` for the reference itself."""
+def ratio_text(ratio: Ratio | None, is_reference: bool = False, percent: bool = False) -> str:
+    """``0.52 [0.45, 0.60]``; ``1`` for the reference itself; ``51 %`` as the paper has it."""
     if is_reference:
         return "1"
     if ratio is None:
         return DASH
+    if percent:
+        return f"{100 * ratio.value:.0f} %"
     if ratio.low is None or ratio.high is None:
         return f"{ratio.value:.3f}"
     return f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
@@ -114,9 +117,11 @@ def method_rows(groups: list[MethodGroup]) -> list[list[str]]:
             group.method + (" (reference)" if group.is_reference and not group.paper else ""),
             reached_text(group),
             mean_steps(group.steps),
-            ratio_text(group.ratio_steps, group.is_reference and group.steps.n > 0),
-            mean_time(group.seconds, hours),
-            ratio_text(group.ratio_seconds, group.is_reference and group.seconds.n > 0),
+            ratio_text(group.ratio_steps, group.is_reference and group.steps.n > 0, group.paper),
+            mean_time(group.seconds, hours or group.paper),
+            ratio_text(
+                group.ratio_seconds, group.is_reference and group.seconds.n > 0, group.paper
+            ),
             algoperf_time(group, hours),
             group.repetitions,
         ]

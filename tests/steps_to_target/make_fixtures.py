@@ -26,6 +26,14 @@ WORKLOADS: dict[str, dict[str, Any]] = {
         "limit": 12011,
         "step_hint": 52000,
     },
+    "imagenet_vit": {
+        "metric": "accuracy",
+        "validation": 0.77309,
+        "test": 0.6519,
+        "start": 0.001,
+        "limit": 69768,
+        "step_hint": 167999,
+    },
     "librispeech_conformer": {
         "metric": "wer",
         "validation": 0.085884,

@@ -13,7 +13,7 @@ from steps_to_target import (
     render_text,
     summarize,
 )
-from steps_to_target.text import to_text
+from steps_to_target.text import method_rows, to_text
 
 
 def _group(summary, workload, method):
@@ -147,11 +147,47 @@ def test_paper_rows_and_verdict(small_set):
     reduce = _group(summary, "ogbg", "paper: K-FAC-reduce")
     assert (reduce.steps.mean, reduce.steps.stderr) == (15_566, 429)
     assert reduce.ratio_steps.value == pytest.approx(15_566 / 31_887)
+    assert reduce.seconds.mean == pytest.approx(1.23 * 3600)
     assert not any(group.paper for group in summary.of("librispeech_conformer"))
     (note,) = summary.paper_notes
     assert "kfac_reduce takes 0.471" in note
     assert "the paper's K-FAC-reduce 0.488, inside" in note
     assert not any(g.paper for g in summarize(load_runs([small_set]), paper=False).groups)
+
+
+@pytest.mark.parametrize(
+    ("workload", "row", "steps", "share", "hours", "of_hours"),
+    [
+        ("ogbg", "reference (Nesterov)", "31,887 ± 2,070", "1", "2.33 ± 0.22 h", "1"),
+        ("ogbg", "K-FAC-expand", "16,106 ± 863", "51 %", "1.32 ± 0.11 h", "57 %"),
+        ("ogbg", "K-FAC-reduce", "15,566 ± 429", "49 %", "1.23 ± 0.03 h", "53 %"),
+        ("imagenet_vit", "reference (NAdamW)", "122,139 ± 1,119", "1", "26.10 ± 0.24 h", "1"),
+        ("imagenet_vit", "K-FAC-expand", "87,464 ± 245", "72 %", "19.57 ± 0.13 h", "75 %"),
+        ("imagenet_vit", "K-FAC-reduce", "92,550 ± 731", "76 %", "20.28 ± 0.00 h", "78 %"),
+    ],
+)
+def test_paper_rows_read_as_the_paper(tmp_path, workload, row, steps, share, hours, of_hours):
+    trial = study_folder(tmp_path, "kfac_expand", 0, workload)
+    write_trial(trial, workload, rows_to(workload, 9000))
+    groups = summarize(load_runs([tmp_path])).of(workload)
+    assert next(group.method for group in groups if group.paper).startswith("paper: reference")
+    (cells,) = [cells for cells in method_rows(groups) if cells[0] == f"paper: {row}"]
+    assert cells[2:6] == [steps, share, hours, of_hours]
+
+
+def test_methods_of_every_step_are_compared_with_figure_5(tmp_path):
+    for method, factor in (("reference_every_step", 1.0), ("kfac_expand_every_step", 0.8)):
+        for study in (0, 1):
+            trial = study_folder(tmp_path, method, study, "imagenet_vit")
+            write_trial(trial, "imagenet_vit", rows_to("imagenet_vit", int(9000 * factor) + study))
+    summary = summarize(load_runs([tmp_path]), "reference_every_step")
+    rows = {cells[0]: cells[2:6] for cells in method_rows(summary.of("imagenet_vit"))}
+    assert rows["paper, Figure 5: reference (NAdamW)"] == ["117,400", "1", "25.00 h", "1"]
+    assert rows["paper, Figure 5: K-FAC-expand"] == ["92,600", "79 %", "50.00 h", "200 %"]
+    assert rows["paper, Figure 5: K-FAC-reduce"] == ["93,700", "80 %", "37.00 h", "148 %"]
+    assert not any(name.startswith("paper: ") for name in rows)
+    (note,) = summary.paper_notes
+    assert "the paper's K-FAC-expand 0.789" in note
 
 
 def test_paper_rows_are_not_for_another_target(tmp_path):
