@@ -27,6 +27,7 @@ from workloads_overrides import (
     search,
 )
 from workloads_overrides.budgets import paper_budget
+from workloads_overrides.data_folders import require_data
 from workloads_overrides.errors import LaunchError
 from workloads_overrides.miniature.manifest import read_properties
 from workloads_overrides.properties import Value, override_properties, parse_settings
@@ -176,10 +177,11 @@ def run(plan: Plan) -> None:
 
     Raises:
         LaunchError: AlgoPerf or the workload cannot be imported, an override does not fit the
-            workload, a run to go on with has other hyperparameters, or the run ended without a
-            single evaluation.
+            workload, data is missing, a run to go on with has other hyperparameters, or the run
+            ended without a single evaluation.
     """
     installation.require_algoperf()
+    require_data(plan.workload, plan.flags)
     if plan.on_cpu:
         cpu.apply_all(cpu.torch_replacements(plan.world_size))
     runner = installation.import_runner()

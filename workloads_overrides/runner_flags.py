@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from workloads_overrides.data_folders import how_to_get
 from workloads_overrides.errors import LaunchError
 from workloads_overrides.points import require_valid_points
 
@@ -100,7 +101,10 @@ def complete(argv: Sequence[str], working_directory: Path) -> RunnerFlags:
         _check_search_space(Path(str(flags.value("tuning_search_space"))), submission)
     data_dir = Path(str(flags.value("data_dir"))).expanduser()
     if not os.path.isdir(data_dir):  # Path.is_dir raises for names that are too long
-        raise LaunchError(f"--data_dir={data_dir}: no such folder; give the data set's folder")
+        workload = str(flags.value("workload"))
+        known = workload.startswith(("ogbg", "imagenet"))
+        rest = how_to_get(workload, data_dir) if known else "give the data set's folder"
+        raise LaunchError(f"--data_dir={data_dir}: no such folder; {rest}")
     if str(flags.value("workload")).startswith("imagenet"):
         flags = flags.with_default("imagenet_v2_data_dir", str(_beside(data_dir)))
     if not flags.is_on("overwrite"):
@@ -114,7 +118,7 @@ def _beside(data_dir: Path) -> Path:
             return folder
     raise LaunchError(
         f"no folder imagenet_v2 (the test split) in {data_dir} or beside it; name the folder that "
-        "holds it with --imagenet_v2_data_dir"
+        f"holds it with --imagenet_v2_data_dir, or {how_to_get('imagenet', data_dir)}"
     )
 
 
