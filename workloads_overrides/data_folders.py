@@ -1,7 +1,7 @@
 """Is a workload's data where AlgoPerf will look for it?
 
-If not: which file is missing, and how to get it. AlgoPerf itself finds out after a minute of imports,
-while it builds the model, or tries to download. Only that files exist is looked at.
+If not: which file is missing, and how to get it. AlgoPerf itself finds out after a minute, while it
+builds the model, or tries to download. Only that files exist is looked at.
 """
 
 import os
