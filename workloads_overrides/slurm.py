@@ -159,12 +159,13 @@ def make_study(
     gpus = options.gpus
     if gpus is None:
         gpus = processes if options.runner == "algoperf" else 0
-    return Study(trials, folder, _parameters(options, name, processes, gpus))
+    return Study(trials, folder, job_parameters(options, name, processes, gpus))
 
 
-def _parameters(
+def job_parameters(
     options: argparse.Namespace, name: str, processes: int, gpus: int
 ) -> dict[str, Any]:
+    """What submitit is told about a job, out of the options of the command line."""
     parameters = {
         "name": re.sub(r"[^\w.-]", "_", name),
         "nodes": 1,
