@@ -33,8 +33,8 @@ REFUSED = {
 }
 EXAMPLE = """example:
   NPROC=4 ./run.sh slurm --studies 3 --partition gpu --time 24:00:00 -- --paper-budget -- \\
-      --workload=ogbg --data_dir=DATA/ogbg --experiment_dir=runs --experiment_name=kfac_reduce \\
-      --tuning_search_space=workloads_overrides/paper/ogbg/kfac_reduce.json --num_tuning_trials=5
+      --workload=ogbg --data_dir=DATA/ogbg --experiment_dir=runs --experiment_name=search_reduce \\
+      --tuning_search_space=workloads_overrides/paper/ogbg/search_reduce.json --num_tuning_trials=5
 
 NPROC is the number of processes and GPUs of a trial. The whole environment goes into the jobs,
 WANDB_* included, and into no file. The project's folder, its environments, the data and the runs
