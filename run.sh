@@ -363,6 +363,8 @@ cmd_experiments() {
   else
     ready quickstart
   fi
+  # --paper --slurm sends its runs through submitit.
+  if [[ " $* " == *" --slurm"* ]]; then ready slurm; fi
   run exec "$VENV/bin/python" -m experiments "$@"
 }
 
