@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -15,7 +16,7 @@ from experiments.paper import command, figures, numbers, sizes
 from experiments.paper.figures import FIGURES, Extra
 from quickstart.errors import QuickstartError
 from submission.hyperparameters import Hyperparameters
-from workloads_overrides import launch
+from workloads_overrides import launch, slurm
 
 QUIET = Console(quiet=True)
 RUNS = Path("runs")
@@ -133,13 +134,24 @@ def test_runs_that_finished_are_left_out_and_failures_do_not_end_it(
     assert started[:-1] == ["reference/study_0", "kfac_expand/study_0", "kfac_reduce/study_0"]
 
 
-def test_slurm_trials_are_checked_and_sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_slurm_trials_are_checked_and_sent(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sent = []
+
+    def submit(study: slurm.Study, local: bool) -> list[SimpleNamespace]:
+        assert not local
+        sent.append(study)
+        return [SimpleNamespace(job_id=f"7_{number}") for number in range(len(study.trials))]
+
     monkeypatch.setattr(command, "_missing", lambda *_: None)
-    monkeypatch.setattr(command.slurm, "submit", lambda study, local: sent.append(study) or [])
-    monkeypatch.setattr(command, "zip", lambda *_, strict: [], raising=False)
+    monkeypatch.setattr(command.slurm, "submit", submit)
+    monkeypatch.chdir(tmp_path)  # and back, whatever the command does
     flags = [f"--data-dir={tmp_path}", f"--runs-dir={tmp_path / 'runs'}", "--slurm"]
     assert command.main("ogbg", [*flags, "--partition gpu"], QUIET) == 0
+    shown = capsys.readouterr().out
+    assert "kfac_reduce/study_4/trial_1: job 7_4" in shown
+    assert "when they are done: ./run.sh compare" in shown
     assert [len(study.trials) for study in sent] == [5, 5, 5]
     names = [trial.command for trial in sent[2].trials]
     assert "--experiment_name=kfac_reduce/study_4" in names[4]

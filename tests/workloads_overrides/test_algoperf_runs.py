@@ -206,10 +206,8 @@ def test_kfac_trains_evaluates_saves_and_resumes(python, data, runs, workload, a
 @pytest.mark.parametrize("figure", ["ogbg", "imagenet_vit", "every_step"])
 def test_every_point_of_the_paper_trains(python, data, runs, figure, method):
     workload = "imagenet_vit" if figure == "every_step" else figure
-    case, space = (
-        CASES[workload],
-        ROOT / "workloads_overrides" / "paper" / figure / f"{method}.json",
-    )
+    case = CASES[workload]
+    space = ROOT / "workloads_overrides" / "paper" / figure / f"{method}.json"
     done = launch(python, workload, method, data[workload], runs, case.steps, space=space)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "Eval step" not in done.stderr
