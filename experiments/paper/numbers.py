@@ -44,7 +44,6 @@ TEST_ACCURACY_PERCENT = {
 # One update of the weight decays, on an A100; and percent of expand's.
 UPDATE_SECONDS = {"expand": (196, 22), "reduce": (99, 23)}
 UPDATE_PERCENT = {"expand": 100.0, "reduce": 50.5}
-TRAINING_TIME_PERCENT = {"expand": 100, "reduce": 75}  # of the whole training
 
 
 def shown(pair: tuple[float, float] | None, digits: int = 2) -> str:
