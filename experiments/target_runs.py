@@ -248,18 +248,14 @@ def tables(result: dict[str, Any], figure: Figure) -> list[Table]:
 def _paper_row(figure: Figure, method: str) -> tuple[str, str, str, str, str, str]:
     row, base = figure.row(method), figure.row("reference")
 
-    def stat(mean: float, error: float, digits: int) -> str:
-        spread = "" if error != error else f" ± {error:,.{digits}f}"
-        return f"{mean:,.{digits}f}{spread}"
-
     def share(value: float, whole: float) -> str:
         return "1" if row is base else f"{100 * value / whole:.0f} %"
 
     name = row.label.partition(": ")[2]
     return (
         f"the paper's {name}", f"{figure.seeds}/{figure.seeds}",
-        stat(row.steps, row.steps_stderr, 0), share(row.steps, base.steps),
-        f"{stat(row.hours, row.hours_stderr, 2)} h", share(row.hours, base.hours),
+        row.steps_text, share(row.steps, base.steps),
+        f"{row.hours_text} h", share(row.hours, base.hours),
     )  # fmt: skip
 
 

@@ -33,6 +33,19 @@ class PaperRow:
     hours_stderr: float
     every_step: bool = False
 
+    @property
+    def steps_text(self) -> str:
+        """``31,887 ± 2,070``; of a single run ``117,400``."""
+        spread = "" if math.isnan(self.steps_stderr) else f" ± {self.steps_stderr:,.0f}"
+        return f"{self.steps:,.0f}{spread}"
+
+    @property
+    def hours_text(self) -> str:
+        """``2.33 ± 0.22``; of a single run ``about 25``."""
+        if math.isnan(self.hours_stderr):
+            return f"about {self.hours:.0f}"
+        return f"{self.hours:.2f} ± {self.hours_stderr:.2f}"
+
 
 PAPER_ROWS: dict[str, tuple[PaperRow, ...]] = {
     "ogbg": (

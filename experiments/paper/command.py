@@ -130,17 +130,11 @@ def _head(
 
 
 def _table(figure: Figure, runs: Sequence[Run]) -> Table:
-    def cell(value: float, error: float, digits: int) -> str:
-        spread = "" if error != error else f" ± {error:,.{digits}f}"
-        return f"{value:,.{digits}f}{spread}"
-
     rows = []
     for method in dict.fromkeys(run.method for run in runs):
         row = figure.row(method)
         settings = str(figures.SETTINGS / figure.name / f"{method}.json")
-        steps = cell(row.steps, row.steps_stderr, 0)
-        hours = cell(row.hours, row.hours_stderr, 2)
-        rows.append((figure.experiment_name(method), settings, steps, hours))
+        rows.append((figure.experiment_name(method), settings, row.steps_text, row.hours_text))
     header = ("method", "settings", "steps of a run", "hours of a run")
     return Table("What the paper's runs took to the target, mean ± s.e.", header, tuple(rows))
 
