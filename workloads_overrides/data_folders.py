@@ -52,11 +52,12 @@ def first_missing(
 
 
 def how_to_get(workload: str, data_dir: Path) -> str:
-    """The command of AlgoPerf's own set-up script that puts the data into `data_dir`."""
-    # The script appends ogbg, or imagenet and pytorch, to the folder that it is given.
-    steps = 1 if workload.startswith("ogbg") else 2
-    parents = data_dir.expanduser().absolute().parents
-    parent = shlex.quote(str(parents[min(steps, len(parents)) - 1]))
+    """The command of AlgoPerf's own set-up script that makes `data_dir`, or a folder in it."""
+    made = Path("ogbg") if workload.startswith("ogbg") else Path("imagenet", "pytorch")
+    root, depth = data_dir.expanduser().absolute(), len(made.parts)
+    if root.parts[-depth:] == made.parts:
+        root = root.parents[depth - 1]
+    parent = shlex.quote(str(root))
     venv = Path(os.environ.get("ALGOPERF_VENV_DIR", ROOT / ".venv-algoperf")).absolute()
     own = venv / "bin" / "python"
     python = shlex.quote(str(own) if own.exists() else sys.executable)
@@ -70,7 +71,7 @@ def how_to_get(workload: str, data_dir: Path) -> str:
             f"{script} --data_dir={parent} --temp_dir={parent}/tmp --imagenet "
             "--framework=pytorch --imagenet_train_url=URL --imagenet_val_url=URL)"
         )
-    return f"get it ({size}) with\n  {command}\nor see {README}"
+    return f"get it ({size}) with\n  {command}\nfor --data_dir={root / made}, or see {README}"
 
 
 def _missing_molecules(data_dir: Path) -> Iterator[str]:

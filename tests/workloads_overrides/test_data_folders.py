@@ -79,9 +79,11 @@ def test_the_test_split_may_lie_elsewhere(photographs, tmp_path):
     [
         ("ogbg", "data/ogbg", "data", ["--ogbg", "830 MB"]),
         ("imagenet_vit", "data/imagenet/pytorch", "data", ["--framework=pytorch", "150 GB"]),
+        ("ogbg", "data", "data", ["data/ogbg, or see"]),
+        ("imagenet_vit", "imagenet", "imagenet", ["imagenet/imagenet/pytorch, or see"]),
     ],
 )
-def test_the_message_has_the_command_that_makes_just_this_folder(
+def test_the_message_has_the_command_that_makes_this_folder_or_one_in_it(
     tmp_path, workload, folder, given, words
 ):
     flags = RunnerFlags((f"--data_dir={tmp_path / folder}",))
