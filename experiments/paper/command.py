@@ -64,7 +64,8 @@ def main(name: str, flags: Sequence[str], console: Console) -> int:
         print(shlex.join(_comparison(figure, folder, options.search)))
         return 0
     if missing is not None:
-        raise QuickstartError(f"{missing}; {data_folders.how_to_get(figure.workload, data_dir)}")
+        remedy = data_folders.how_to_get(figure.workload, results.ROOT / data_dir)
+        raise QuickstartError(f"{missing}; {remedy}")
     if options.slurm is not None:
         return _send(figure, options, slurm_arguments, gpus, folder)
     _check_gpus(options.gpus, figure.gpus)
