@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from submission.hyperparameters import Hyperparameters
-from submission.kfac import KFAC, KFACConfig, kronecker_factors
+from submission.kfac import Preconditioner, KFACConfig, kronecker_factors
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
 
@@ -121,7 +121,7 @@ def ours(model, x, labels, targets, damping, **options):
         "bias": "output",
         "norm_rows": "positions",
     }
-    kfac = KFAC(model, KFACConfig(**{**settings, **options}))
+    kfac = Preconditioner(model, KFACConfig(**{**settings, **options}))
     with kfac.record():
         logits = model(x)
     kfac.update(logits, "categorical", targets=labels)
