@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             workload,
             submission,
             given.workload,
-            study.comparison_of(method),
+            study,
             method,
             seed,
             folder,
@@ -94,7 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         highlight=False,
         soft_wrap=True,
     )
+    grid = {"eval_every": study.eval_every, "eval_every_early": study.eval_every_early}
     common = [
+        *(f"--{name}={value}" for name, value in grid.items() if value is not None),
         f"--workload={given.workload}",
         f"--submission_path={given.submission_path}",
         f"--experiment_dir={folder}",
@@ -131,12 +133,13 @@ def _plan(
     workload: QuickstartWorkload,
     submission: submissions.Submission,
     workload_name: str,
-    comparison: settings.Comparison,
+    study: settings.StudySettings,
     method: str,
     seed: int,
     folder: Path,
     steps: int,
 ) -> PlannedRun:
+    comparison = study.comparison_of(method)
     workload.set_targets(comparison.validation_target_value, comparison.test_target_value)
     point = settings.method_file(workload_name, method)
     hyperparameters = search_space.read_points(point, 1, seed)[0]
@@ -144,7 +147,8 @@ def _plan(
         rng_seed=seed,
         batch_size=runner.choose_batch_size(None, workload_name, submission, workload),
         max_global_steps=steps,
-        eval_every=workload.eval_period_steps,
+        eval_every=study.eval_every or workload.eval_period_steps,
+        eval_every_early=study.eval_every_early,
     )
     identity = runner.run_identity(workload, submission, hyperparameters, run_settings)
     parent = run_logs.workload_folder(folder, f"{method}/study_{seed}", workload_name)
