@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_SUBMISSION = ROOT / "submission" / "submission.py"
 WORKLOADS = ("molecules", "images")
-DESCRIPTION = """The main job: every method, several seeds, one table, one plot: steps and time to target.
+DESCRIPTION = """Every method, several seeds, one table and one plot of steps and time to target.
 
 Methods, their tuned settings and the targets are in quickstart/settings/; runs go to
 runs/quickstart/ in AlgoPerf's format, so that `./run.sh compare runs/quickstart` works on them too.

@@ -65,8 +65,9 @@ def _define_flags() -> None:
     number("batch_size", None, "Examples per batch (default: the submission's get_batch_size, or "
            "the workload's where the submission does not know it).", 1)  # fmt: skip
     number("eval_every", None, "Steps between evaluations (default: the workload's, 25).", 1)
-    number("eval_every_early", None, "Steps between evaluations in the first 100 steps (default: as "
-           "later).", 1)  # fmt: skip
+    number(
+        "eval_every_early", None, "The same for the first 100 steps (default: no difference).", 1
+    )
     for split in ("validation", "test"):
         flags.DEFINE_float(f"{split}_target_value", None, f"Value to reach on the {split} set "
                            "(default: the workload's).", flag_values=FLAGS)  # fmt: skip

@@ -29,7 +29,6 @@ from quickstart.run_logs import MetricsLogger
 from quickstart.submissions import Submission
 from submission.algoperf_compat import spec
 
-
 # Fast methods reach their target within these steps; a coarse grid would be their spread.
 EARLY_STEPS = 100
 
