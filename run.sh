@@ -164,7 +164,7 @@ cmd_setup() {
   local names=() algoperf=false source="$ALGOPERF_URL"
   while (($#)); do
     case "$1" in
-      --dev) names+=(slurm dev) ;;
+      --dev) names+=(slurm docs dev) ;;
       --wandb) names+=(wandb) ;;
       --docs) names+=(docs) ;;
       --algoperf) algoperf=true ;;
@@ -241,7 +241,7 @@ cmd_test() {
     return
   fi
   run cd -- "$ROOT"
-  start pytest "slurm dev" "$@"
+  start pytest "slurm docs dev" "$@"
 }
 
 cmd_docs() {
@@ -250,6 +250,7 @@ cmd_docs() {
     return
   fi
   run cd -- "$ROOT"
+  export NO_MKDOCS_2_WARNING=1
   start mkdocs docs build --strict "$@"
 }
 

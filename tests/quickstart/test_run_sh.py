@@ -126,7 +126,7 @@ def test_dry_run_of_algoperf_and_docker(project: Path) -> None:
 def test_dry_run_of_set_up_names_every_step(project: Path) -> None:
     result = run(project, "--dry-run", "setup", "--dev", "--algoperf")
     lines = result.stdout.splitlines()
-    assert len(lines) == 12
+    assert len(lines) == 13
     assert not (project / ".cache").exists()
     assert "checkout --quiet 2c90454fc05d5bdf3598b0c7651e611f132a7060" in result.stdout
     assert "requirements/dev.txt" in result.stdout
@@ -199,7 +199,7 @@ def test_set_up_is_done_once_and_starts_afresh_after_a_failure(project: Path) ->
     assert run(project, "setup", **common).returncode == 0
     assert log.read_text().count("\n") == installed
     assert run(project, "setup", "--dev", **common).returncode == 0
-    assert log.read_text().count("\n") == installed + 2  # slurm.txt and dev.txt
+    assert log.read_text().count("\n") == installed + 3  # slurm.txt, docs.txt and dev.txt
     with (project / "requirements" / "quickstart.txt").open("a") as file:
         file.write("# changed\n")
     assert run(project, "setup", **common).returncode == 0
