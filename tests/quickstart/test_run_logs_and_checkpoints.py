@@ -45,7 +45,7 @@ def test_logs_go_back_to_a_checkpoint(tmp_path: Path) -> None:
 def test_folders_are_not_overwritten_by_accident(tmp_path: Path) -> None:
     folder = tmp_path / "sgd" / "molecules_pytorch"
     open_workload_folder(folder, resume=False, overwrite=False)
-    (folder / "trial_1").mkdir()
+    (folder / "trial_1").mkdir(parents=True)
     with pytest.raises(QuickstartError, match=r"--resume_last_run .* --overwrite"):
         open_workload_folder(folder, resume=False, overwrite=False)
     open_workload_folder(folder, resume=True, overwrite=False)
