@@ -65,6 +65,9 @@ def _define_flags() -> None:
     number("batch_size", None, "Examples per batch (default: the submission's get_batch_size, or "
            "the workload's where the submission does not know it).", 1)  # fmt: skip
     number("eval_every", None, "Steps between evaluations (default: the workload's, 25).", 1)
+    number(
+        "eval_every_early", None, "The same for the first 100 steps (default: no difference).", 1
+    )
     for split in ("validation", "test"):
         flags.DEFINE_float(f"{split}_target_value", None, f"Value to reach on the {split} set "
                            "(default: the workload's).", flag_values=FLAGS)  # fmt: skip
@@ -135,6 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
         batch_size=choose_batch_size(options.batch_size, options.workload, submission, workload),
         max_global_steps=options.max_global_steps or workload.step_hint,
         eval_every=options.eval_every or workload.eval_period_steps,
+        eval_every_early=options.eval_every_early,
         save_checkpoints=options.save_checkpoints,
         stop_at_target=options.stop_at_target,
     )

@@ -190,3 +190,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("steps_to_target: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def command() -> None:
+    """Entry point: runs the command line and leaves with its exit status."""
+    sys.exit(main())

@@ -35,9 +35,9 @@ class Caution:
         return f"{self.subject}: {self.kind}" + (f": {self.detail}" if self.detail else "")
 
 
-def _some(names: Sequence[str], noun: str) -> str:
+def _some(names: Sequence[str]) -> str:
     shown = ", ".join(names[:_NAMED])
-    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more {noun}"
+    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
 
 
 def grouped(warnings: Iterable[Caution]) -> list[str]:
@@ -50,12 +50,12 @@ def grouped(warnings: Iterable[Caution]) -> list[str]:
         subjects = list(dict.fromkeys(name for names in details.values() for name in names))
         first, *others = details
         if not others:
-            lines.append(f"{_some(subjects, 'like it')}: {kind}" + (f": {first}" if first else ""))
+            lines.append(f"{_some(subjects)}: {kind}" + (f": {first}" if first else ""))
         elif len(details) <= _NAMED:
-            parts = [f"{_some(names, 'like it')}: {text}" for text, names in details.items()]
+            parts = [f"{_some(names)}: {text}" for text, names in details.items()]
             lines.append(f"{kind}: " + "; ".join(parts))
         else:
-            names = _some(subjects, "like it")
+            names = _some(subjects)
             lines.append(f"{kind}: {len(subjects)} in all: {names} (the first: {first})")
     return lines
 

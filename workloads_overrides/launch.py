@@ -19,11 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from quickstart import locks
 from workloads_overrides import (
-    cpu,
     installation,
     outcome,
     processes,
@@ -171,9 +167,15 @@ def make_plan(options: argparse.Namespace, runner_argv: Sequence[str]) -> Plan:
         sources={name: source for source, layer in layers for name in layer},
         batch_size=options.batch_size,
         flags=flags,
-        on_cpu=not torch.cuda.is_available(),
+        on_cpu=not _has_gpu(),
         **_processes(),
     )
+
+
+def _has_gpu() -> bool:
+    import torch  # not with the others: --help needs no packages
+
+    return torch.cuda.is_available()
 
 
 def _processes() -> dict[str, Any]:
@@ -182,6 +184,8 @@ def _processes() -> dict[str, Any]:
     Raises:
         LaunchError: There are more processes than GPUs, or under torchrun not as many.
     """
+    import torch
+
     visible = torch.cuda.device_count()
     if not processes.under_torchrun():
         count = processes.read_nproc(os.environ)
@@ -222,6 +226,8 @@ def run(plan: Plan) -> None:
             ended without a single evaluation.
     """
     installation.require_algoperf()
+    from workloads_overrides import cpu
+
     require_data(plan.workload, plan.flags)
     if plan.on_cpu:
         cpu.apply_all(cpu.torch_replacements(plan.world_size))
@@ -285,6 +291,8 @@ def _only_writer(trials: Path, numbers: Sequence[int], flags: RunnerFlags) -> It
         LaunchError: Another process trains in one of them, or files of a run to go on with are
             damaged beyond use.
     """
+    from quickstart import locks
+
     with contextlib.ExitStack() as held:
         try:
             if flags.is_on("overwrite") and trials.exists():
@@ -321,5 +329,10 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Entry point: runs the command line and leaves with its exit code."""
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    command()

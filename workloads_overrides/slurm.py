@@ -395,5 +395,10 @@ def _pair(text: str) -> tuple[str, str | bool]:
     return key, value if equals else True
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Entry point: runs the command line and leaves with its exit code."""
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    command()

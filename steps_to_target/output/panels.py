@@ -96,8 +96,10 @@ def _limits(axes: Axes, curves: Sequence[FloatArray], runs: Sequence[Run]) -> No
     targets = {run.target.validation for run in runs if run.target}
     if not values.size or not targets:
         return
-    # With few evaluations all of them matter.
-    cut = 15.0 if values.size >= 10 * len(curves) else 0.0
+    # With few evaluations all of them matter, unless the first ones are of another magnitude.
+    median = abs(float(np.median(values)))
+    far = values.size > 3 and float(np.abs(values).max()) > 10 * median
+    cut = 15.0 if values.size >= 10 * len(curves) or far else 0.0
     lower = next(run.target.lower_is_better for run in runs if run.target)
     low, high = float(values.min()), float(values.max())
     if lower:
@@ -161,7 +163,7 @@ def curves_panel(
         )
         best = [representative(bundle) for bundle in repetitions(shown)]
         mean = mean_curve([_curve(run, against, unit) for run in best])
-        label = label_text(f"{method} ({len(best) or 'counts other steps'})")
+        label = label_text(f"{method} ({len(best) or 'other steps'})")
         style |= {
             "marker": MARKERS[index % len(MARKERS)],
             "markerfacecolor": "white",
@@ -197,6 +199,8 @@ def curves_panel(
             ha="left",
             fontsize=8,
             color="0.35",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
+            zorder=5,
         )
     _limits(axes, drawn, everyone)
     if named:

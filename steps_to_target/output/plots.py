@@ -93,7 +93,9 @@ def _figure(tables: dict[str, list[Run]], everyone: Sequence[str]) -> Figure:
             axes = panels.pop(0)
             curves_panel(axes, methods, looks, against, scale, named)
             axes.set_xlabel("steps" if against == "steps" else f"submission time ({unit_name})")
-            axes.set_ylabel(title_text(_metric_name(runs), size[1]))
+            axes.set_ylabel(
+                title_text(_metric_name(runs), 2 * size[1]), fontsize=8 if small else 10
+            )
             axes.set_title(title_text(table, size[0]), fontsize=10)
             axes.grid(True, color="0.9", linewidth=0.6)
             axes.xaxis.set_major_locator(MaxNLocator(4 if small else 6))

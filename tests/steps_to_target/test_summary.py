@@ -137,7 +137,7 @@ def test_a_thousand_warnings_of_one_kind_take_one_line():
     cautions += [Caution("hardware differs", name, "a; b") for name in ("ogbg", "wmt")]
     cautions += [Caution("targets differ", name, name) for name in ("ogbg", "wmt")]
     assert grouped(cautions) == [
-        "steps are odd: 1000 in all: run 0, run 1, run 2 and 997 more like it (the first: 0 s)",
+        "steps are odd: 1000 in all: run 0, run 1, run 2 and 997 more (the first: 0 s)",
         "ogbg, wmt: hardware differs: a; b",
         "targets differ: ogbg: ogbg; wmt: wmt",
     ]
