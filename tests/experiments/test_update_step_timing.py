@@ -11,7 +11,8 @@ from torch import nn
 from experiments import cifar
 from experiments import update_step_timing as timing
 from quickstart.errors import QuickstartError
-from submission.kfac import kronecker_factors, shifted_products
+from submission.kfac import kronecker_factors
+from submission.kfac.linalg.convolution import shifted_products
 
 
 def options(*flags: str) -> argparse.Namespace:
