@@ -3,7 +3,8 @@
 `python -m tests.kfac.golden` writes golden.pt anew: for every case and parameter the norm and three
 random projections of the first preconditioned gradient, and of the parameter after `STEPS` steps.
 Names of cases write these alone. With `--check` it compares instead, and prints the largest
-difference of each case as a multiple of what is allowed. The state in state_version_4.pt is of an older format, which is refused.
+difference of each case as a multiple of what is allowed. The state in state_version_4.pt is of an
+older format, which is refused.
 """
 
 import sys

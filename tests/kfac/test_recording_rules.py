@@ -19,6 +19,7 @@ from submission.kfac import (
     Preconditioner,
     Segments,
     SharingError,
+    UnitwiseCurvature,
     curvature,
     kronecker_factors,
 )
@@ -512,6 +513,9 @@ LAYOUTS = {
 
 
 def curvature_of(block):
+    """Its tensors; of a shift the diagonal, whether it is a block of units or not."""
+    if isinstance(block, UnitwiseCurvature):
+        return {"diagonal": block.blocks.flatten()}
     return {k: v for k, v in vars(block).items() if isinstance(v, torch.Tensor)}
 
 
