@@ -75,6 +75,17 @@ def preconditioner_matrix(model: nn.Module, kfac: Any, layer: str) -> Tensor:
     return torch.stack(columns, 1)
 
 
+def assert_same_factors(
+    found: Mapping[str, Any], expected: Mapping[str, Any], rtol: float = 1e-12
+) -> None:
+    """Of blocks in the same order, up to rounding."""
+    assert len(found) == len(expected) > 0
+    for block, other in zip(found.values(), expected.values(), strict=True):
+        for key, value in vars(other).items():
+            if isinstance(value, Tensor):
+                torch.testing.assert_close(getattr(block, key), value, rtol=rtol, atol=1e-14)
+
+
 class FisherPasses:
     """Counts backward passes through the logits given to `update`, less one for each: its loss's.
 
