@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from .blocks.structure import Structure
 from .config import KFACConfig
+from .linalg.tree import leaves
 from .state import KFACState
 
-ITEM = 4  # bytes of an entry of a factor, where parameters are not float64
+ITEM = 4  # bytes of an entry of a factor before there is one
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ def report_rows(
             reason = reason or "the loss has not reached it so far"
             how, entries = "Adam" if adam else "raw gradient", 0
         parameters = sum(piece.numel for piece in block.pieces)
-        memory = (entries if how == "Adam" else 2 * entries) * ITEM
+        known = {} if own is None or own.curvature is None else leaves(own.curvature)
+        item = next((tensor.element_size() for tensor in known.values()), ITEM)
+        memory = (entries if how == "Adam" else 2 * entries) * item
         sharing = "-" if own is None else own.shared_over
         rows.append(ReportRow(block.name, kind, sides, sharing, how, parameters, memory, reason))
     return rows
