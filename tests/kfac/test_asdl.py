@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from submission.hyperparameters import Hyperparameters
-from submission.kfac import Preconditioner, KFACConfig, kronecker_factors
+from submission.kfac import KFACConfig, Preconditioner, kronecker_factors
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
 

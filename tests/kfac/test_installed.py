@@ -42,7 +42,7 @@ def test_the_readmes_loop_runs_where_the_wheel_alone_is_installed(tmp_path):
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), "."],
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), "."],
         cwd=source, check=True,
     )  # fmt: skip
     names = {entry.name for entry in target.iterdir() if not entry.name.endswith(".dist-info")}
