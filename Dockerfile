@@ -1,9 +1,13 @@
 # AlgoPerf at its tested commit, with this project beside it, for NVIDIA GPUs from the V100 on.
 #
 #   docker build --tag kfac-algoperf .
-#   docker run --rm --gpus all --ipc=host --env NPROC=4 --env WANDB_API_KEY \
-#     --volume DATA:/data:ro --volume RUNS:/runs kfac-algoperf algoperf -- --workload=ogbg \
-#     --data_dir=/data/ogbg --experiment_dir=/runs --experiment_name=kfac
+#   docker run --rm --gpus all --ipc=host --user "$(id -u):$(id -g)" --env NPROC=4 \
+#     --env WANDB_API_KEY --volume DATA:/data:ro --volume RUNS:/runs kfac-algoperf algoperf -- \
+#     --workload=ogbg --data_dir=/data/ogbg --experiment_name=kfac
+#
+# ./run.sh docker run does this. Whatever a run writes lies in /runs, the mounted folder: its working
+# directory, its home, and the default of every --experiment_dir and of the quickstart. Everything is
+# installed when the image is built, nothing when a container starts; any user id will do.
 #
 # CUDA's libraries come with PyTorch's wheel: torch 2.5.1 from PyPI is built for CUDA 12.4 and holds
 # kernels for the V100 (sm_70), which newer releases drop. The base image only has to let the
@@ -28,28 +32,39 @@ ENV PATH=/opt/venv/bin:$PATH \
 ARG ALGOPERF_REPOSITORY=https://github.com/mlcommons/algorithmic-efficiency.git
 ARG ALGOPERF_COMMIT=2c90454fc05d5bdf3598b0c7651e611f132a7060
 ARG ALGOPERF_EXTRAS=jax_cpu,pytorch_gpu,full
-COPY requirements/algoperf.txt /tmp/algoperf.txt
+COPY requirements /tmp/requirements
 # The commit has no tag nearby to tell a version by, hence the pretended one.
 RUN git init --quiet /tmp/algoperf \
     && git -C /tmp/algoperf fetch --quiet --depth 1 "$ALGOPERF_REPOSITORY" "$ALGOPERF_COMMIT" \
     && git -C /tmp/algoperf checkout --quiet FETCH_HEAD \
     && python3 -m venv /opt/venv \
     && SETUPTOOLS_SCM_PRETEND_VERSION=0.6.0 pip install --no-cache-dir \
-        "/tmp/algoperf[${ALGOPERF_EXTRAS}]" -r /tmp/algoperf.txt \
-    && rm -rf /tmp/algoperf /tmp/algoperf.txt \
+        "/tmp/algoperf[${ALGOPERF_EXTRAS}]" -r /tmp/requirements/algoperf.txt \
+        -r /tmp/requirements/image.txt \
+    && pip install --no-cache-dir --no-deps -r /tmp/requirements/no-deps.txt \
+    && echo "$ALGOPERF_COMMIT" >/opt/venv/.stamp-algoperf \
+    && rm -rf /tmp/algoperf /tmp/requirements \
     && python -c "import torch; flags = torch._C._cuda_getArchFlags(); assert 'sm_70' in flags, flags"
 
-# Files that a run writes into mounted folders belong to this user: give the host's user id.
-ARG USER_ID=1000
-RUN userdel --remove ubuntu \
-    && useradd --create-home --uid "$USER_ID" kfac \
-    && mkdir /data /runs \
-    && chown kfac /runs
-WORKDIR /home/kfac/project
-COPY --chown=kfac . .
-RUN chown kfac .
-USER ${USER_ID}
+COPY . /opt/project
+# The quickstart's molecules, so that a container needs no network.
+RUN cd /opt/project \
+    && python -m quickstart.molecules --data_dir=data \
+    && chmod -R a+rX /opt/project /opt/venv \
+    && mkdir -m 1777 /runs \
+    && mkdir /data
+
+# Without a volume at /runs the container's own folder stands in for it, and goes with the container.
+VOLUME /runs
+WORKDIR /runs
+ENV HOME=/runs \
+    KFAC_NO_SETUP=1 \
+    KFAC_RUNS_DIR=/runs \
+    VENV_DIR=/opt/venv \
+    ALGOPERF_VENV_DIR=/opt/venv \
+    PYTHONDONTWRITEBYTECODE=1
+USER 1000
 
 # Keys (WANDB_API_KEY) are passed when a container starts and are in no layer.
-ENTRYPOINT ["./run.sh"]
+ENTRYPOINT ["/opt/project/run.sh"]
 CMD ["--help"]

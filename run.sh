@@ -3,25 +3,23 @@
 set -euo pipefail
 
 ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
-VENV="${VENV_DIR:-$ROOT/.venv}"
-ALGOPERF_VENV="${ALGOPERF_VENV_DIR:-$ROOT/.venv-algoperf}"
-[[ "$VENV" == /* ]] || VENV="$PWD/$VENV"
-[[ "$ALGOPERF_VENV" == /* ]] || ALGOPERF_VENV="$PWD/$ALGOPERF_VENV"
+VENV="$(realpath -ms -- "${VENV_DIR:-$ROOT/.venv}")"
+ALGOPERF_VENV="$(realpath -ms -- "${ALGOPERF_VENV_DIR:-$ROOT/.venv-algoperf}")"
 CACHE="$ROOT/.cache"
+LOG="$CACHE/setup.log"
 ALGOPERF_URL="https://github.com/mlcommons/algorithmic-efficiency.git"
 ALGOPERF_COMMIT="2c90454fc05d5bdf3598b0c7651e611f132a7060"
-ALGOPERF_PIP="pip>=25"
-NEEDED_KB=3000000
 DRY_RUN=false
-
-export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+MADE="" # environments that this call made
+# Modules are this project's, whatever files the current folder holds.
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PYTHONUNBUFFERED=1
 
 usage() {
   cat <<'END'
 usage: ./run.sh [--dry-run] [COMMAND] [ARGUMENTS]
 
-  quickstart    compare K-FAC with tuned Nesterov and NAdamW on real molecules (the default)
+  quickstart    compare K-FAC with tuned first-order methods on real molecules (the default)
   test          run the test suite
   setup         set up without running anything
   algoperf      train with AlgoPerf's own submission_runner
@@ -30,17 +28,20 @@ usage: ./run.sh [--dry-run] [COMMAND] [ARGUMENTS]
   experiments   tables and figures of the paper
   benchmarks    speed and memory
   memory        what K-FAC's factors need of a V100, for every AlgoPerf workload; no GPU needed
+  docs          build the documentation's pages into site/
   docker        build the image, or run a command in it
   package       write the folder that AlgoPerf's submissions repository expects
 
 ./run.sh COMMAND --help tells about a command. --dry-run prints the exact commands instead of
-running them. Needs Linux, Python 3.11 or newer and access to a Python package registry.
+running them. Needs Linux, Python 3.11 or newer and access to a Python package registry. Packages
+are installed with uv where it is on the PATH, else with pip; requirements/ pins each of them.
 
 environment:
   PYTHON                 the Python to set up with (default: the first suitable one on PATH)
   VENV_DIR               where the packages go (default: .venv)
   NPROC                  number of processes, one per GPU, for `algoperf` and each trial of `slurm`
                          (default: 1)
+  CUDA_VISIBLE_DEVICES   the GPUs to use, for `docker run` too
   PIP_EXTRA_INDEX_URL    e.g. https://download.pytorch.org/whl/cpu for a CPU-only PyTorch
   WANDB_*                passed on to runs
 END
@@ -53,13 +54,15 @@ die() {
 
 # Runs a command, or prints it so that it can be pasted into a shell.
 run() {
-  if "$DRY_RUN"; then
-    printf '%q ' "$@"
-    echo
-  else
-    "$@"
-  fi
+  if ! "$DRY_RUN"; then "$@"; else printf '%q ' "$@" && echo; fi
 }
+
+# Becomes a Python module of this project, with variables before it; a pasted one finds it, too.
+become() {
+  if "$DRY_RUN"; then run env PYTHONPATH="$ROOT" PYTHONSAFEPATH=1 "$@"; else exec env "$@"; fi
+}
+
+asks_help() { [[ "${1:-}" == --help || "${1:-}" == -h ]]; }
 
 find_python() {
   local candidate
@@ -73,194 +76,97 @@ find_python() {
   die "no Python 3.11 or newer on PATH: install one, or name it: PYTHON=/path/to/python ./run.sh"
 }
 
-# Deletes a virtual environment, and nothing that is none.
-remove_venv() {
-  [[ -e "$1" ]] || return 0
-  if [[ ! -L "$1" && -d "$1" ]] && [[ -f "$1/pyvenv.cfg" || -z "$(ls -A -- "$1")" ]]; then
-    rm -rf -- "$1"
-  else
-    die "$1 is in the way and no virtual environment: move it, or set VENV_DIR to another place"
-  fi
-}
-
-# make_venv FOLDER: creates an empty one, unless a sound one is there.
-make_venv() {
-  local python
-  if [[ -f "$1/.installing" ]] || ! "$1/bin/python" -m pip --version >/dev/null 2>&1; then
-    remove_venv "$1"
-    python="$(find_python)"
-    mkdir -p -- "$(dirname -- "$1")" || die "cannot create $1: choose another place with VENV_DIR"
-    "$python" -m venv "$1" >"$LOG" 2>&1 || {
-      remove_venv "$1"
-      die "$python cannot create a virtual environment ($(reason)): on Debian and Ubuntu run" \
-        "'apt install python3-venv'"
-    }
-  fi
-}
-
 # The last telling line of the log.
 reason() {
-  if grep -qi 'no space left' "$LOG" 2>/dev/null; then
+  if grep -qi 'no space left' "$LOG"; then
     echo "the disk is full"
   else
-    { grep -E '^ *(ERROR|error|fatal|[A-Za-z]*Error):' "$LOG" || tail -n 1 "$LOG"; } 2>/dev/null |
-      tail -n 1 | cut -c 1-200
+    { grep -E '^ *(ERROR|error|fatal|[A-Za-z]*Error):' "$LOG" || tail -n 1 "$LOG"; } | tail -n 1 | cut -c 1-200
   fi
 }
 
-require_writable() {
-  [[ -n "$LOG" ]] || die "cannot write into $ROOT: copy the project to a folder you own"
-}
-
-check_disk() {
-  local free
-  free="$(df -Pk -- "$(dirname -- "$1")" | awk 'NR == 2 { print $4 }')"
-  if [[ "$free" =~ ^[0-9]+$ ]] && ((free < NEEDED_KB)); then
-    die "only $((free / 1000)) MB are free at $1, set-up needs $((NEEDED_KB / 1000)) MB: free" \
-      "some space, or set VENV_DIR to another disk"
+# make_venv FOLDER: an empty environment, unless a sound one is there; deletes nothing that is none.
+make_venv() {
+  if [[ "$MADE" == *" $1 "* ]]; then return; fi
+  if [[ ! -f "$1/.installing" ]] && "$1/bin/python" -c '' 2>/dev/null; then return; fi
+  MADE+=" $1 "
+  if [[ -e "$1" ]]; then
+    [[ ! -L "$1" && ( -f "$1/pyvenv.cfg" || -z "$(ls -A -- "$1")" ) ]] ||
+      die "$1 is in the way and no virtual environment: move it, or set VENV_DIR to another place"
+    run rm -rf -- "$1"
   fi
+  local python
+  python="$(find_python)"
+  run "$python" -m venv "$1" >>"${OUT:-$LOG}" 2>&1 ||
+    die "$python cannot create a virtual environment ($(reason)): on Debian and Ubuntu run 'apt install python3-venv'"
 }
 
-stamp() {
-  cat -- "$@" | sha256sum | cut -c 1-16
-}
-
-# install FOLDER PIP-ARGUMENTS...: pip install, with one line if it fails.
+# install FOLDER ARGUMENTS...: of `pip install`, with one line if it fails.
 install() {
-  local venv="$1"
+  local venv="$1" pip=("$1/bin/python" -m pip install --quiet --no-compile)
   shift
-  "$venv/bin/python" -m pip install --quiet --no-compile "$@" >>"$LOG" 2>&1 ||
+  if command -v uv >/dev/null; then pip=(uv pip install --quiet --python "$venv/bin/python"); fi
+  run "${pip[@]}" "$@" >>"${OUT:-$LOG}" 2>&1 ||
     die "installing packages failed ($(reason)): see $LOG, then run the same command again"
 }
 
-# locked COMMAND...: keeps a second set-up out until this one has ended.
-locked() {
-  LOG="$CACHE/setup.log"
-  if ! { mkdir -p -- "$CACHE" && : >>"$CACHE/setup.lock"; } 2>/dev/null; then
-    LOG="" # enough where everything is set up already
-    "$@"
-  elif command -v flock >/dev/null; then
-    exec 9>"$CACHE/setup.lock"
-    flock -n 9 || { echo "another set-up is running; waiting for it" >&2; flock 9; }
-    "$@"
-    exec 9>&-
+# set_up FOLDER NAME FILES-AND-OPTIONS...: once; a set-up that was interrupted has no stamp.
+set_up() {
+  local venv="$1" stamp="$1/.stamp-$2" want file
+  want="$(for file in "${@:3}"; do [[ ! -f "$file" ]] || cat -- "$file"; done | sha256sum | cut -c 1-16)"
+  if [[ "$(cat -- "$stamp" 2>/dev/null)" == "$want" && ! -f "$venv/.installing" ]]; then return; fi
+  if "$DRY_RUN"; then
+    local OUT=/dev/stdout
   else
-    "$@"
+    { mkdir -p -- "$CACHE" && : >"$LOG"; } 2>/dev/null ||
+      die "cannot write into $ROOT: copy the project to a folder you own"
+    exec 9>"$CACHE/setup.lock"
+    flock -n 9 || { echo "another set-up is running; waiting for it" >&2 && flock 9; }
+    echo "setting up $2 in $venv (once)" >&2
   fi
+  make_venv "$venv"
+  "$DRY_RUN" || touch "$venv/.installing"
+  install "$venv" "${@:3}"
+  "$DRY_RUN" || { rm -f -- "$venv/.installing" && echo "$want" >"$stamp" && exec 9>&-; }
 }
 
-# The stamp is written last: a set-up that was interrupted has none and starts afresh.
-setup_quickstart() {
-  local want
-  want="$(stamp "$ROOT/requirements/quickstart.txt" "$ROOT/requirements/no-deps.txt")"
-  [[ "$(cat -- "$VENV/.stamp-quickstart" 2>/dev/null)" != "$want" || -f "$VENV/.installing" ]] || return 0
-  require_writable
-  check_disk "$VENV"
-  echo "setting up Python packages in $VENV (a minute or two, once)" >&2
-  make_venv "$VENV"
-  touch "$VENV/.installing"
-  rm -f -- "$VENV"/.stamp-*
-  : >"$LOG"
-  install "$VENV" -r "$ROOT/requirements/quickstart.txt"
-  install "$VENV" --no-deps -r "$ROOT/requirements/no-deps.txt"
-  rm -f -- "$VENV/.installing"
-  echo "$want" >"$VENV/.stamp-quickstart"
-}
-
-# setup_more NAME PIP_OPTIONS...: the packages of requirements/NAME.txt, on top of the quickstart's.
-setup_more() {
-  local name="$1" want
-  shift
-  setup_quickstart
-  want="$(stamp "$ROOT/requirements/$name.txt")"
-  [[ "$(cat -- "$VENV/.stamp-$name" 2>/dev/null)" != "$want" ]] || return 0
-  require_writable
-  echo "setting up requirements/$name.txt in $VENV" >&2
-  touch "$VENV/.installing"
-  : >"$LOG"
-  install "$VENV" "$@" -r "$ROOT/requirements/$name.txt"
-  rm -f -- "$VENV/.installing"
-  echo "$want" >"$VENV/.stamp-$name"
-}
-
-setup_slurm() { setup_more slurm; }
-
-setup_experiments() { setup_more experiments --no-deps; }
-
-setup_dev() {
-  setup_slurm
-  setup_more dev
-}
-
-# setup_algoperf SOURCE: AlgoPerf at the tested commit, in an environment with its own pins.
-setup_algoperf() {
-  local source="$1" clone="$CACHE/algoperf" want
-  want="$ALGOPERF_COMMIT $(stamp "$ROOT/requirements/algoperf.txt")"
-  [[ "$(cat -- "$ALGOPERF_VENV/.stamp-algoperf" 2>/dev/null)" != "$want" ]] || return 0
-  require_writable
-  command -v git >/dev/null || die "git is needed to get AlgoPerf: install it"
-  if [[ "$(git -C "$clone" rev-parse HEAD 2>/dev/null)" != "$ALGOPERF_COMMIT" ]]; then
-    echo "getting AlgoPerf ${ALGOPERF_COMMIT:0:8} from $source" >&2
-    rm -rf -- "$clone" "$clone.partial"
-    git clone --quiet --no-checkout -- "$source" "$clone.partial" >"$LOG" 2>&1 ||
-      die "cannot clone $source ($(reason)): check the connection, or pass --algoperf-source" \
-        "DIR with a clone that you have"
-    git -C "$clone.partial" -c advice.detachedHead=false checkout --quiet "$ALGOPERF_COMMIT" \
-      >"$LOG" 2>&1 || die "$source has no commit $ALGOPERF_COMMIT: update that clone"
-    mv -- "$clone.partial" "$clone"
-  fi
-  check_disk "$ALGOPERF_VENV"
-  echo "setting up AlgoPerf's packages in $ALGOPERF_VENV (several minutes and GB, once)" >&2
-  make_venv "$ALGOPERF_VENV"
-  touch "$ALGOPERF_VENV/.installing"
-  : >"$LOG"
-  # Older pips do not recognise extras whose names have underscores, and skip them.
-  install "$ALGOPERF_VENV" --upgrade "$ALGOPERF_PIP"
-  # Without a tag nearby AlgoPerf's build cannot work out its version.
-  SETUPTOOLS_SCM_PRETEND_VERSION=0.6.0 install "$ALGOPERF_VENV" \
-    "${clone}[${ALGOPERF_EXTRAS:-jax_cpu,pytorch_gpu,full}]" -r "$ROOT/requirements/algoperf.txt"
-  rm -f -- "$ALGOPERF_VENV/.installing"
-  echo "$want" >"$ALGOPERF_VENV/.stamp-algoperf"
-}
-
+# ready NAMES...: packages of requirements/NAME.txt in the project's environment.
 ready() {
-  if ! "$DRY_RUN"; then
-    locked "setup_$1"
-  fi
-}
-
-asks_help() {
-  local argument
-  for argument in "$@"; do
-    [[ "$argument" != --help && "$argument" != -h ]] || return 0
+  [[ -z "${KFAC_NO_SETUP:-}" ]] || return 0 # the image has everything
+  local name file="$ROOT/requirements"
+  set_up "$VENV" quickstart -r "$file/quickstart.txt"
+  set_up "$VENV" no-deps --no-deps -r "$file/no-deps.txt"
+  for name in "$@"; do
+    case "$name" in
+      experiments) set_up "$VENV" "$name" --no-deps -r "$file/$name.txt" ;;
+      *) set_up "$VENV" "$name" -r "$file/$name.txt" ;;
+    esac
   done
-  return 1
 }
 
-cmd_quickstart() {
-  if asks_help "$@" && [[ ! -x "$VENV/bin/python" ]]; then
-    echo "usage: ./run.sh quickstart [FLAGS]; sets up, then runs python -m quickstart.study FLAGS"
-    return
+# AlgoPerf at the tested commit, in an environment with its own pins.
+set_up_algoperf() {
+  local source="$1" clone="$CACHE/algoperf" stamp="$ALGOPERF_VENV/.stamp-algoperf"
+  [[ "$(cut -d ' ' -f 1 "$stamp" 2>/dev/null)" != "$ALGOPERF_COMMIT" ]] || return 0
+  if [[ "$(git -C "$clone" rev-parse HEAD 2>/dev/null)" != "$ALGOPERF_COMMIT" ]]; then
+    run rm -rf -- "$clone"
+    run git clone --quiet --no-checkout -- "$source" "$clone" || die "cannot clone $source: pass --algoperf-source DIR with a clone that you have"
+    run git -C "$clone" -c advice.detachedHead=false checkout --quiet "$ALGOPERF_COMMIT" || die "$source has no commit $ALGOPERF_COMMIT: update that clone"
   fi
-  ready quickstart
-  run exec "$VENV/bin/python" -m quickstart.study "$@"
-}
-
-cmd_test() {
-  if asks_help "$@"; then
-    echo "usage: ./run.sh test [PYTEST ARGUMENTS]; for example ./run.sh test -m slow, ./run.sh test tests/kfac"
-    return
-  fi
-  ready dev
-  cd -- "$ROOT"
-  run exec "$VENV/bin/python" -m pytest "$@"
+  # Without a tag nearby AlgoPerf's build cannot work out its version.
+  run export SETUPTOOLS_SCM_PRETEND_VERSION=0.6.0
+  set_up "$ALGOPERF_VENV" algoperf-packages "${clone}[${ALGOPERF_EXTRAS:-jax_cpu,pytorch_gpu,full}]" \
+    -r "$ROOT/requirements/algoperf.txt" -r "$ROOT/requirements/image.txt"
+  "$DRY_RUN" || echo "$ALGOPERF_COMMIT" >"$stamp"
 }
 
 cmd_setup() {
-  local dev=false algoperf=false source="$ALGOPERF_URL"
+  local names=() algoperf=false source="$ALGOPERF_URL"
   while (($#)); do
     case "$1" in
-      --dev) dev=true ;;
+      --dev) names+=(slurm docs dev) ;;
+      --wandb) names+=(wandb) ;;
+      --docs) names+=(docs) ;;
       --algoperf) algoperf=true ;;
       --algoperf-source)
         [[ -d "${2:-}" ]] || die "--algoperf-source needs an existing folder with AlgoPerf's repository"
@@ -269,115 +175,95 @@ cmd_setup() {
         ;;
       --help | -h)
         cat <<'END'
-usage: ./run.sh setup [--dev] [--algoperf] [--algoperf-source DIR]
+usage: ./run.sh setup [--dev] [--wandb] [--docs] [--algoperf] [--algoperf-source DIR]
 
 Sets up the quickstart: packages in .venv and the molecules in data/. Done once; a set-up that was
 interrupted starts afresh.
 
-  --dev                  also the packages for tests and checks
-  --algoperf             also AlgoPerf at the tested commit, with its own pins, in .venv-algoperf
-                         (clones its public repository; ALGOPERF_EXTRAS names its pip extras,
-                         default jax_cpu,pytorch_gpu,full)
-  --algoperf-source DIR  take AlgoPerf from a clone that you have
+  --dev, --wandb, --docs  also the packages for tests and checks, for wandb, for `docs`
+  --algoperf              also AlgoPerf at the tested commit, with its own pins, in .venv-algoperf
+                          (clones its public repository; ALGOPERF_EXTRAS names its pip extras,
+                          default jax_cpu,pytorch_gpu,full)
+  --algoperf-source DIR   take AlgoPerf from a clone that you have
 END
         return
         ;;
-      *) die "setup knows no '$1'; it takes --dev, --algoperf, --algoperf-source DIR" ;;
+      *) die "setup knows no '$1'; it takes --dev, --wandb, --docs, --algoperf, --algoperf-source DIR" ;;
     esac
     shift
   done
-  if "$DRY_RUN"; then
-    run python3 -m venv "$VENV"
-    run "$VENV/bin/python" -m pip install -r "$ROOT/requirements/quickstart.txt"
-    run "$VENV/bin/python" -m pip install --no-deps -r "$ROOT/requirements/no-deps.txt"
-    if "$dev"; then
-      run "$VENV/bin/python" -m pip install -r "$ROOT/requirements/slurm.txt"
-      run "$VENV/bin/python" -m pip install -r "$ROOT/requirements/dev.txt"
-    fi
-    run "$VENV/bin/python" -m quickstart.molecules --data_dir="$ROOT/data"
-    if "$algoperf"; then
-      run git clone --no-checkout -- "$source" "$CACHE/algoperf"
-      run git -C "$CACHE/algoperf" checkout "$ALGOPERF_COMMIT"
-      run python3 -m venv "$ALGOPERF_VENV"
-      run "$ALGOPERF_VENV/bin/python" -m pip install --upgrade "$ALGOPERF_PIP"
-      run env SETUPTOOLS_SCM_PRETEND_VERSION=0.6.0 "$ALGOPERF_VENV/bin/python" -m pip install \
-        "${CACHE}/algoperf[${ALGOPERF_EXTRAS:-jax_cpu,pytorch_gpu,full}]" -r "$ROOT/requirements/algoperf.txt"
-    fi
+  ready "${names[@]}"
+  run "$VENV/bin/python" -m quickstart.molecules --data_dir="$ROOT/data"
+  if "$algoperf"; then set_up_algoperf "$source"; fi
+  "$DRY_RUN" || echo "set up; next: ./run.sh"
+}
+
+# start MODULE NEEDS ARGUMENTS...: a module of this project, its packages set up. Help needs none.
+start() {
+  local module="$1" needs="$2" python="$VENV/bin/python"
+  shift 2
+  if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
+    [[ -x "$python" ]] || python="$(find_python)"
+    "$python" -m "$module" "$@" 2>/dev/null || echo "usage: ./run.sh ${COMMAND} ...; more after ./run.sh setup"
     return
   fi
-  ready quickstart
-  if "$dev"; then ready dev; fi
-  "$VENV/bin/python" -m quickstart.molecules --data_dir="$ROOT/data"
-  if "$algoperf"; then
-    locked setup_algoperf "$source"
+  # shellcheck disable=SC2086 # a list of words
+  "$DRY_RUN" || ready $needs
+  become "$python" -m "$module" "$@"
+}
+
+# wandb's packages, where an argument names it.
+for_wandb() { [[ "$*" != *wandb* ]] || echo wandb; }
+
+cmd_quickstart() { start quickstart "$(for_wandb "$@")" "$@"; }
+cmd_compare() { start steps_to_target "$(for_wandb "$@")" "$@"; }
+cmd_benchmarks() { start benchmarks experiments "$@"; } # which have the peers
+cmd_memory() { start workloads_overrides.factor_memory "" "$@"; }
+
+cmd_slurm() {
+  if "$DRY_RUN" && [[ -f "$VENV/.stamp-slurm" ]]; then
+    # The commands of the trials, which are what matters.
+    DRY_RUN=false && set -- --dry-run "$@"
   fi
-  echo "set up; next: ./run.sh"
+  start workloads_overrides.slurm slurm "$@"
+}
+
+cmd_experiments() {
+  local needs=""
+  case "${1:-}" in
+    marginal_likelihood | optimizers | all) needs=experiments ;;
+  esac
+  [[ " $* " != *" --slurm"* ]] || needs+=" slurm" # --paper --slurm sends its runs through submitit
+  start experiments "$needs" "$@"
+}
+
+cmd_test() {
+  if asks_help "$@"; then
+    echo "usage: ./run.sh test [PYTEST ARGUMENTS]; for example ./run.sh test -m slow, ./run.sh test tests/kfac"
+    return
+  fi
+  run cd -- "$ROOT"
+  start pytest "slurm docs dev" "$@"
+}
+
+cmd_docs() {
+  if asks_help "$@"; then
+    echo "usage: ./run.sh docs [ARGUMENTS OF mkdocs build]; writes site/"
+    return
+  fi
+  run cd -- "$ROOT"
+  export NO_MKDOCS_2_WARNING=1
+  start mkdocs docs build --strict "$@"
 }
 
 cmd_algoperf() {
   local python="$ALGOPERF_VENV/bin/python"
-  if [[ ! -x "$python" ]]; then
-    # An environment of the user's own that has AlgoPerf, such as the Docker image, will do.
-    python="$(command -v python3 || command -v python || true)"
-    if ! "$DRY_RUN" && ! asks_help "$@" && ! "$python" -c 'import algoperf' 2>/dev/null; then
-      die "AlgoPerf is not set up: run ./run.sh setup --algoperf first"
-    fi
+  # An environment of the user's own that has AlgoPerf, such as the Docker image, will do.
+  [[ -x "$python" ]] || python="$(command -v python3 || command -v python || true)"
+  if ! "$DRY_RUN" && ! asks_help "$@" && ! "$python" -c 'import algoperf' 2>/dev/null; then
+    die "AlgoPerf is not set up: run ./run.sh setup --algoperf first"
   fi
-  local nproc="${NPROC:-1}"
-  [[ "$nproc" =~ ^[1-9][0-9]{0,3}$ ]] || die "NPROC=${nproc:0:20} is no number of processes: give 1 to 9999"
-  cd -- "$ROOT"
-  if ((nproc > 1)); then
-    run exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc" \
-      -m workloads_overrides.launch "$@"
-  else
-    run exec "$python" -m workloads_overrides.launch "$@"
-  fi
-}
-
-cmd_slurm() {
-  local python="$VENV/bin/python"
-  if asks_help "$@" && [[ ! -x "$python" ]]; then
-    echo "usage: ./run.sh slurm [OPTIONS] -- ARGUMENTS OF ./run.sh algoperf; --help tells more after set-up"
-    return
-  fi
-  cd -- "$ROOT"
-  if "$DRY_RUN" && [[ ! -f "$VENV/.stamp-quickstart" ]]; then
-    run exec "$python" -m workloads_overrides.slurm "$@"
-  elif "$DRY_RUN"; then
-    # The commands of the trials, which are what matters.
-    exec "$python" -m workloads_overrides.slurm --dry-run "$@"
-  else
-    ready slurm
-    exec "$python" -m workloads_overrides.slurm "$@"
-  fi
-}
-
-cmd_compare() {
-  ready quickstart
-  run exec "$VENV/bin/python" -m steps_to_target "$@"
-}
-
-cmd_experiments() {
-  if [[ "${1:-}" == marginal_likelihood || "${1:-}" == optimizers || "${1:-}" == all ]]; then
-    ready experiments
-  else
-    ready quickstart
-  fi
-  run exec "$VENV/bin/python" -m experiments "$@"
-}
-
-cmd_benchmarks() {
-  ready experiments # which have the peers
-  run exec "$VENV/bin/python" -m benchmarks "$@"
-}
-
-cmd_memory() {
-  ready quickstart
-  run exec "$VENV/bin/python" -m workloads_overrides.factor_memory "$@"
-}
-
-absolute() {
-  [[ "$1" == /* ]] && echo "$1" || echo "$PWD/$1"
+  become ${NPROC:+NPROC="$NPROC"} "$python" -m workloads_overrides.launch "$@"
 }
 
 cmd_docker() {
@@ -386,33 +272,38 @@ cmd_docker() {
 usage: ./run.sh docker build [ARGUMENTS OF docker build]
        ./run.sh docker run COMMAND...
 
-build makes the image (IMAGE, default kfac-algoperf). run runs a command of this script in it, with
-all GPUs, the data of DATA_DIR (default ./data) at /data, and results in RUNS_DIR (default ./runs).
+build makes the image (IMAGE, default kfac-algoperf). run runs a command of this script in it, as
+you, with all GPUs or those of CUDA_VISIBLE_DEVICES, the data of DATA_DIR (default ./data) at /data,
+and everything that it writes in RUNS_DIR (default ./runs), which is /runs inside.
 END
     return
   fi
   local action="$1" image="${IMAGE:-kfac-algoperf}" name data runs
-  local -a wandb=()
+  local -a given=()
   shift
   case "$action" in
     build) run docker build --tag "$image" "$@" "$ROOT" ;;
     run)
       (($#)) || die "docker run needs a command, for example: ./run.sh docker run algoperf --help"
-      for name in $(compgen -e WANDB_ || true); do wandb+=(--env "$name"); done
+      for name in $(compgen -e WANDB_ || true); do given+=(--env "$name"); done
+      # Inside, the GPUs that are passed on are numbered from 0. An empty choice is none.
+      if [[ -z "${CUDA_VISIBLE_DEVICES+set}" ]]; then
+        given+=(--gpus all)
+      elif [[ -n "$CUDA_VISIBLE_DEVICES" ]]; then
+        given+=(--gpus "\"device=$CUDA_VISIBLE_DEVICES\"")
+      fi
       # A relative path would name one of Docker's own volumes; a missing one would belong to root.
-      data="$(absolute "${DATA_DIR:-$ROOT/data}")" runs="$(absolute "${RUNS_DIR:-$ROOT/runs}")"
+      data="$(realpath -ms -- "${DATA_DIR:-data}")" runs="$(realpath -ms -- "${RUNS_DIR:-runs}")"
       [[ -d "$data" ]] || "$DRY_RUN" || die "DATA_DIR=$data: no such folder"
       run mkdir -p -- "$runs"
-      run docker run --rm --init --gpus all --ipc=host --env NPROC "${wandb[@]}" \
-        --volume "$data:/data" --volume "$runs:/runs" \
-        "$image" "$@"
+      run docker run --rm --init --ipc=host --user "$(id -u):$(id -g)" --env NPROC "${given[@]}" \
+        --volume "$data:/data:ro" --volume "$runs:/runs" "$image" "$@"
       ;;
     *) die "docker knows build and run, not '$action'" ;;
   esac
 }
 
 cmd_package() {
-  local name="kfac" target
   if asks_help "$@"; then
     cat <<'END'
 usage: ./run.sh package [FOLDER]
@@ -423,40 +314,22 @@ END
     return
   fi
   (($# <= 1)) || die "package takes one folder"
-  target="${1:-$ROOT/dist}/external_tuning/$name"
+  local target="${1:-$ROOT/dist}/external_tuning/kfac"
   [[ ! -e "$target" ]] || die "$target exists: move it away first"
   run mkdir -p -- "$target"
   run cp -R -- "$ROOT/submission/." "$target/"
   run cp -- "$ROOT/tuning_search_space.json" "$ROOT/LICENSE" "$target/"
   run find "$target" -name __pycache__ -type d -prune -exec rm -rf -- '{}' +
-  if ! "$DRY_RUN"; then
-    printf '# Needs nothing beyond AlgoPerf and its PyTorch.\n' >"$target/requirements.txt"
-    echo "$target"
-  fi
+  "$DRY_RUN" || { printf '# Needs nothing beyond AlgoPerf and its PyTorch.\n' >"$target/requirements.txt" && echo "$target"; }
 }
 
-main() {
-  if [[ "${1:-}" == --dry-run ]]; then
-    DRY_RUN=true
-    shift
-  fi
-  local command="${1:-quickstart}"
-  case "$command" in
-    --help | -h | help)
-      usage
-      return
-      ;;
-    --*) command=quickstart ;;
-    quickstart | test | setup | algoperf | slurm | compare | experiments | benchmarks | memory | docker | package)
-      shift || true
-      ;;
-    *) die "no command '$command'; ./run.sh --help lists them" ;;
-  esac
-  if [[ "${1:-}" == --dry-run ]]; then
-    DRY_RUN=true
-    shift
-  fi
-  "cmd_$command" "$@"
-}
-
-main "$@"
+if [[ "${1:-}" == --dry-run ]]; then DRY_RUN=true && shift; fi
+COMMAND="${1:-quickstart}"
+case "$COMMAND" in
+  --help | -h | help) usage && exit ;;
+  --*) COMMAND=quickstart ;;
+  quickstart | test | setup | algoperf | slurm | compare | experiments | benchmarks | memory | docs | docker | package) shift || true ;;
+  *) die "no command '$COMMAND'; ./run.sh --help lists them" ;;
+esac
+if [[ "${1:-}" == --dry-run ]]; then DRY_RUN=true && shift; fi
+"cmd_$COMMAND" "$@"

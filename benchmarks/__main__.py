@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import amortised, memory, phases, step, sweep
+from benchmarks import amortised, coverage, memory, phases, step, sweep
+from benchmarks.architectures import ARCHITECTURES
 from benchmarks.methods import APPROXES, FISHERS
 from benchmarks.models import SIZES
 from benchmarks.report import environment, save_figure, save_json
@@ -36,6 +37,10 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, description=text)
         _common(command, name)
+    text = "which share of public architectures' parameters gets Kronecker factors"
+    covered = commands.add_parser("coverage", help=text, description=text)
+    covered.add_argument("names", nargs="*", metavar="NAME", help=", ".join(ARCHITECTURES))
+    covered.add_argument("--markdown", action="store_true", help="print a table for the docs")
     probe = commands.add_parser("probe", help="one measurement of `memory`, printed as JSON")
     probe.add_argument("row")
     probe.add_argument("model")
@@ -154,6 +159,20 @@ def _run_profile(options: Any, device: torch.device, console: Console) -> list[d
     return results
 
 
+def _run_coverage(names: Sequence[str], markdown: bool) -> int:
+    unknown = [name for name in names if name not in ARCHITECTURES]
+    if unknown:
+        known = ", ".join(ARCHITECTURES)
+        print(f"error: no architecture '{unknown[0]}'; there are {known}", file=sys.stderr)
+        return 2
+    results = [coverage.coverage_of(name) for name in names or ARCHITECTURES]
+    if markdown:
+        print(coverage.coverage_markdown(results))
+    else:
+        Console(width=160).print(coverage.coverage_table(results))
+    return 0
+
+
 _COMMANDS = {
     "step": _run_step,
     "memory": _run_memory,
@@ -166,6 +185,8 @@ _COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     options = _parser().parse_args(arguments)
+    if options.command == "coverage":
+        return _run_coverage(options.names, options.markdown)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print("error: --device cuda, but torch finds no GPU: use --device cpu", file=sys.stderr)

@@ -17,7 +17,7 @@ from benchmarks.methods import kfac_step, make_kfac, reference_step
 from benchmarks.models import TITLES, make_case
 from benchmarks.report import make_table, progress_bar, ratio_text
 from benchmarks.timing import Spread, Step, race
-from submission.kfac import KFAC
+from submission.kfac import Preconditioner
 
 MODELS = ("graph", "vit")
 INTERVALS = {"graph": 10, "vit": 50}
@@ -84,7 +84,7 @@ class _Cycle:
     The step counter is set before each, so that no hundreds of other steps have to be waited for.
     """
 
-    def __init__(self, kfac: KFAC, step: Step) -> None:
+    def __init__(self, kfac: Preconditioner, step: Step) -> None:
         self._kfac = kfac
         self._step = step
 

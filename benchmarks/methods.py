@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from benchmarks.models import Case
 from benchmarks.timing import Step
-from submission.kfac import KFAC, KFACConfig, kronecker_factors
+from submission.kfac import KFACConfig, Preconditioner, kronecker_factors
 from submission.optimizers import UPDATE_RULES
 
 APPROXES = ("expand", "reduce")
@@ -44,7 +44,7 @@ def reference_step(case: Case, rule: str | None = None) -> Step:
     return step
 
 
-def make_kfac(case: Case, approx: str, fisher: str, interval: int = 1) -> KFAC:
+def make_kfac(case: Case, approx: str, fisher: str, interval: int = 1) -> Preconditioner:
     """This project's K-FAC as the benchmarks configure it: defaults, updates every `interval`."""
     config = KFACConfig(
         kfac_approx=approx,
@@ -54,7 +54,7 @@ def make_kfac(case: Case, approx: str, fisher: str, interval: int = 1) -> KFAC:
         inverse_update_steps=interval,
         early_updates=False,
     )
-    return KFAC(case.model, config)
+    return Preconditioner(case.model, config)
 
 
 def ours_step(case: Case, approx: str, fisher: str) -> Step:
@@ -62,7 +62,7 @@ def ours_step(case: Case, approx: str, fisher: str) -> Step:
     return kfac_step(case, make_kfac(case, approx, fisher), "nesterov")
 
 
-def kfac_step(case: Case, kfac: KFAC, rule: str | None = None) -> Step:
+def kfac_step(case: Case, kfac: Preconditioner, rule: str | None = None) -> Step:
     """One step of training with this project's K-FAC; what is due in it, `kfac` decides."""
     optimizer = update_rule(case, rule)
 

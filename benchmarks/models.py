@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from benchmarks.graphs import random_graphs
 from quickstart.models import GraphNetwork, ViT, lecun_normal_
 from submission.batch_structure import sharing_of
-from submission.kfac.sharing import SharingRule
+from submission.kfac.operations.sharing import SharingRule
 
 SIZES = ("full", "tiny")
 

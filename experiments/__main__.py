@@ -2,6 +2,7 @@
 
     python -m experiments                  lists them
     python -m experiments NAME [flags]     runs one
+    python -m experiments NAME --paper     runs it at the paper's size (--dry-run: what that is)
     python -m experiments all [--small]    runs all and writes docs/results.md
 
 Each writes one JSON document, and a picture where there is something to see, into
@@ -21,6 +22,8 @@ import rich.table
 from rich.console import Console
 
 from experiments import page, registry, results
+from experiments.paper import command, sizes
+from experiments.paper.figures import FIGURES
 from experiments.registry import EXPERIMENTS, Experiment
 from quickstart.allocator import keep_freed_memory
 from quickstart.errors import QuickstartError, run_reporting_errors
@@ -43,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if experiment is None:
         known = ", ".join(e.name for e in EXPERIMENTS)
         raise QuickstartError(f"no experiment {name!r}; there are: {known}, and `all`, `page`")
+    if "--paper" in flags and experiment.name in FIGURES:
+        return command.main(experiment.name, [f for f in flags if f != "--paper"], console)
     _run_one(experiment, flags, console)
     return 0
 
@@ -55,7 +60,8 @@ def _list(console: Console) -> None:
         table.add_row(e.name, e.paper, e.shows, e.time, e.needs)
     console.print(table)
     console.print(
-        "Run one: ./run.sh experiments NAME (flags: NAME --help). All, with docs/results.md: "
+        "Run one: ./run.sh experiments NAME (flags: NAME --help); at the paper's size: NAME "
+        "--paper (what that is: --paper --dry-run). All, with docs/results.md: "
         "./run.sh experiments all --small",
         highlight=False,
         soft_wrap=True,
@@ -72,6 +78,14 @@ def _run_one(experiment: Experiment, flags: list[str], console: Console) -> None
     )
     module.add_flags(parser)
     _add_folder(parser)
+    if "--paper" in flags:
+        if module.PAPER_SIZE is None:
+            raise QuickstartError(f"{experiment.name} has one size only: leave --paper out")
+        own = [flag for flag in flags if flag != "--paper"]
+        given = sizes.start(experiment.name, module.PAPER_SIZE, own, parser, console)
+        if given is None:
+            return
+        flags = given
     options = parser.parse_args(flags)
     folder: Path = options.folder / experiment.name
     start = time.perf_counter()
@@ -97,12 +111,12 @@ def _run_all(flags: list[str], console: Console) -> int:
     chosen = [e for e in EXPERIMENTS if e.in_all]
     for experiment in chosen:
         small = experiment.load().SMALL if options.small else []
-        command = [sys.executable, "-m", "experiments", experiment.name, *small]
+        started = [sys.executable, "-m", "experiments", experiment.name, *small]
         shown = " ".join(["./run.sh experiments", experiment.name, *small])
         console.rule(shown)
         # A process of its own: neither memory nor settings of one run reach the next.
         code = subprocess.run(
-            [*command, f"--folder={options.folder}"], check=False, cwd=results.ROOT
+            [*started, f"--folder={options.folder}"], check=False, cwd=results.ROOT
         ).returncode
         if code:
             failed.append(experiment.name)

@@ -8,6 +8,8 @@ read: it is not installed.
 from __future__ import annotations
 
 import hashlib
+import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -113,6 +115,26 @@ def dart_as_text(entries: list[dict[str, Any]]) -> str:
 def tokenize(text: str) -> Tokens:
     """UTF-8 bytes as tokens, [n]."""
     return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
+
+
+def has_encoder() -> bool:
+    """Whether the package is there that `encode_gpt2` needs."""
+    return importlib.util.find_spec("tiktoken") is not None
+
+
+def encode_gpt2(text: str) -> Tokens:
+    """GPT-2's byte-pair tokens, [n], as nanoGPT's data preparation makes them.
+
+    Raises:
+        QuickstartError: the package tiktoken, or its vocabulary, cannot be had.
+    """
+    try:
+        tiktoken: Any = importlib.import_module("tiktoken")
+        return np.array(tiktoken.get_encoding("gpt2").encode_ordinary(text), dtype=np.int64)
+    except ImportError as error:
+        raise QuickstartError("--encoding gpt2 needs the package tiktoken: install it") from error
+    except (OSError, ValueError) as error:  # of requests, which it downloads with
+        raise QuickstartError(f"tiktoken cannot get GPT-2's vocabulary ({error})") from error
 
 
 def read_tokens(path: Path) -> Tokens:

@@ -23,6 +23,7 @@ from quickstart.errors import QuickstartError
 from submission.kfac import Gaussian, kronecker_factors
 
 SMALL: list[str] = []
+PAPER_SIZE = None  # it is this one
 PAPER = """
 The paper's Figures 1 and 2 show the same: N = 4, R = 2, P_in = P_out = 8, K-FAC-expand exact in the
 expand setting, K-FAC-reduce exact in the reduce setting. The paper gives pictures, no numbers.

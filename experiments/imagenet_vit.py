@@ -1,8 +1,8 @@
 """Figure 4: steps and time to a target of a ViT on images, against NAdamW.
 
-The paper's experiment is AlgoPerf's imagenet_vit on V100s; its commands are on the results page.
-This is its scaled version: the quickstart's small ViT on scikit-learn's handwritten digits, or on
-CIFAR-10 with --data-dir, with NAdamW and K-FAC-expand and K-FAC-reduce in front of it.
+The paper's experiment is AlgoPerf's imagenet_vit on V100s: --paper. This is its scaled version: the
+quickstart's small ViT on scikit-learn's handwritten digits, or on CIFAR-10 with --data-dir, with
+NAdamW and K-FAC-expand and K-FAC-reduce in front of it.
 """
 
 from __future__ import annotations
@@ -14,37 +14,32 @@ from typing import Any
 from rich.console import Console
 
 from experiments import target_runs
-from experiments.target_runs import add_flags, draw, tables
+from experiments.paper.figures import FIGURES
+from experiments.tables import Table
+from experiments.target_runs import add_flags, draw
 
 SMALL: list[str] = []
+PAPER_SIZE = None  # a figure of `paper.figures`
 PAPER = """
 Here every method was tuned with three learning rates and a seed of its own
-([what was tried](../experiments/settings/images_tuning.json)). The paper, steps to a validation
-accuracy of 0.77309 on ImageNet, mean ± s.e. (its hours were not available):
-
-| reference (NAdamW) | K-FAC-expand | K-FAC-reduce |
-|---:|---:|---:|
-| 122,139 ± 1,119 | 87,464 ± 245 (0.72) | 92,550 ± 731 (0.76) |
-
-Its runs, on V100s (not run here; the learning rates and dampings of the K-FAC files are ranges of
-ours, see [the settings](../workloads_overrides/paper/README.md)):
+([what was tried](../experiments/settings/images_tuning.json)). The paper's rows are of AlgoPerf's
+imagenet_vit: steps and hours to a validation accuracy of 0.77309 on ImageNet, three seeds, four
+V100 32 GB. Its runs, with its own settings
+([to the digit](../workloads_overrides/paper/README.md)) (not run here):
 
 ```sh
-NPROC=8 ./run.sh algoperf --paper-budget -- --workload=imagenet_vit \\
-  --data_dir=DATA/imagenet/pytorch --experiment_dir=runs --experiment_name=reference \\
-  --tuning_search_space=workloads_overrides/paper/imagenet_vit/reference.json
-for approx in expand reduce; do for trial in 0 1 2 3 4; do
-  NPROC=8 ./run.sh algoperf --paper-budget -- --workload=imagenet_vit \\
-    --data_dir=DATA/imagenet/pytorch --num_tuning_trials=5 \\
-    --tuning_search_space=workloads_overrides/paper/imagenet_vit/kfac_$approx.json \\
-    --hparam_start_index=$trial --hparam_end_index=$((trial + 1)) \\
-    --experiment_dir=runs --experiment_name=kfac_$approx
-done; done
-./run.sh compare runs --reference reference
+./run.sh experiments imagenet_vit --paper --data-dir DATA/imagenet/pytorch    # 9 runs
 ```
 """
 
-__all__ = ["PAPER", "SMALL", "add_flags", "draw", "run", "tables"]
+__all__ = ["PAPER", "PAPER_SIZE", "SMALL", "add_flags", "draw", "run", "tables"]
+
+FIGURE = FIGURES["imagenet_vit"]
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Ours, and the paper's."""
+    return target_runs.tables(result, FIGURE)
 
 
 def run(options: argparse.Namespace, folder: Path, console: Console) -> dict[str, Any]:

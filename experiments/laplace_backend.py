@@ -16,8 +16,7 @@ or refuse, get the diagonal of their GGN.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,11 +31,12 @@ from submission.kfac import (
     KroneckerFactors,
     Likelihood,
     UnitwiseCurvature,
-    curvature,
 )
-from submission.kfac.layers import ConvKind, EmbeddingKind
-from submission.kfac.partition import Partition, partition, unwrap
-from submission.kfac.statistics import DiagonalPart, KroneckerPart, Part
+from submission.kfac.blocks.block import Block
+from submission.kfac.blocks.kronecker import KroneckerBlock
+from submission.kfac.blocks.structure import Structure
+from submission.kfac.discovery import unwrap
+from submission.kfac.functional import blocks_and_curvature
 
 OTHER_PARAMETERS = ("diagonal", "zero")
 _CHUNK = 16  # examples whose Jacobians are in memory together
@@ -99,17 +99,6 @@ class KFACGGN(GGNInterface):  # type: ignore[misc]
             )
         self.other_parameters = other_parameters
         self._generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-        self._partition: tuple[Any, Partition] | None = None
-
-    def _partition_of(self, target: nn.Module) -> Partition:
-        """The parts of the module; the last ones again where nothing has been frozen since."""
-        key = (target, [(id(p), p.requires_grad) for p in target.parameters()])
-        if self._partition is None or self._partition[0] != key:
-            found = partition(
-                target, approx=self.kfac_approx, joint_bias=False, max_factor_side=_ANY_SIDE
-            )
-            self._partition = (key, found)
-        return self._partition[1]
 
     def kron(self, x: Any, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
         """Loss and Kronecker factors of one batch, scaled so that the batches of N examples add up.
@@ -120,26 +109,20 @@ class KFACGGN(GGNInterface):  # type: ignore[misc]
         if kwargs:
             raise TypeError(f"KFACGGN.kron knows no {', '.join(kwargs)}: pass backend_kwargs")
         target, inputs = self._target(x)
-        whole = self._partition_of(target)
-        parts = whole.parts
-        bare = [part for part in parts if isinstance(part, DiagonalPart)]
         # The engine's exact diagonal takes a pass per example and output; Jacobians are faster.
         apart = self.other_parameters == "zero" or not (
             self.stochastic or not isinstance(inputs, Tensor)
         )
-        hidden = [part.parameter for part in bare] if apart else []
-        seen = tuple(part for part in parts if not (apart and isinstance(part, DiagonalPart)))
-        with _without_gradients(hidden):
-            blocks, logits = self._blocks(
-                target, inputs, Partition(seen, whole.reasons), share=len(y) / N
-            )
+        structure, found, logits = self._blocks(target, inputs, apart, share=len(y) / N)
+        bare = [block for block in structure.blocks if block.needs_own_gradients]
         if bare and apart and self.other_parameters == "diagonal":
-            blocks |= self._diagonals(target, inputs, bare, logits)
+            found |= self._diagonals(target, inputs, bare, logits)
+        parameters = dict(target.named_parameters())
         factors: dict[int, list[Tensor]] = {}
-        for part in parts:
-            block = blocks.get(part.name)
-            if block is not None and self._counts(part):
-                factors |= _as_factors(part, block, len(y) / N)
+        for block in structure.blocks:
+            if block.name in found and (block.has_factors or self.other_parameters == "diagonal"):
+                own = _as_factors(block, parameters, found[block.name], len(y) / N)
+                factors |= {id(parameters[name]): pair for name, pair in own.items()}
         kfacs = [factors.get(id(p)) or _zeros(p) for p in self.params]
         kron = Kron(
             [
@@ -148,9 +131,6 @@ class KFACGGN(GGNInterface):  # type: ignore[misc]
             ]
         )
         return self.factor * self._loss(logits, y), kron
-
-    def _counts(self, part: Part) -> bool:
-        return isinstance(part, KroneckerPart) or self.other_parameters == "diagonal"
 
     @property
     def _kfac_likelihood(self) -> Likelihood:
@@ -165,41 +145,41 @@ class KFACGGN(GGNInterface):  # type: ignore[misc]
         return self._model, features
 
     def _blocks(
-        self, target: nn.Module, inputs: Any, parts: Partition, share: float
-    ) -> tuple[dict[str, Any], Tensor]:
-        """The engine's curvature by part, and the logits of its forward pass.
+        self, target: nn.Module, inputs: Any, apart: bool, share: float
+    ) -> tuple[Structure, dict[str, Any], Tensor]:
+        """The blocks, the engine's curvature of them, and the logits of its forward pass.
 
         The inputs' factor, a mean over all batches, comes times this batch's share; the gradients'
-        is a sum over the terms.
+        is a sum over the terms. `apart`: without parameters that are in no layer.
         """
-        if not parts.parts:
+        if not any(p.requires_grad for p in target.parameters()):
             with torch.no_grad():
-                return {}, target(inputs)
+                return Structure(), {}, target(inputs)
         seen: list[Tensor] = []
         handle = target.register_forward_hook(lambda _m, _a, output: seen.append(output.detach()))
         try:
-            blocks = curvature(
+            structure, found = blocks_and_curvature(
                 target,
                 (inputs,),
                 likelihood=self._kfac_likelihood,
                 kfac_approx=self.kfac_approx,
                 fisher_type="mc" if self.stochastic else "type-2",
                 mc_samples=self.num_samples,
-                joint_bias=False,
+                bias="separate",
                 max_factor_side=_ANY_SIDE,
-                parts=parts,
+                own_gradients=not apart,
                 share=share,
                 generator=self._generator,
             )
         finally:
             handle.remove()
-        return dict(blocks), seen[-1]
+        return structure, dict(found), seen[-1]
 
     def _diagonals(
-        self, target: nn.Module, x: Tensor, bare: list[DiagonalPart], logits: Tensor
+        self, target: nn.Module, x: Tensor, bare: list[Block], logits: Tensor
     ) -> dict[str, DiagonalCurvature]:
         """Exact diagonals of the summed GGN of bare parameters, from Jacobians per example."""
-        wanted = {part.name for part in bare}
+        wanted = {block.pieces[0].parameter for block in bare}
         values = {name: p.detach() for name, p in target.named_parameters()}
         fixed = {name: p for name, p in values.items() if name not in wanted}
         fixed |= dict(target.named_buffers())
@@ -261,56 +241,70 @@ class SampledKFACReduceGGN(KFACReduceGGN):
     default_stochastic = True
 
 
-def _as_factors(part: Part, block: Any, share: float) -> dict[int, list[Tensor]]:
-    """id of a parameter -> its factors in laplace-torch's form, of curvature with this share."""
-    if isinstance(block, KroneckerFactors):
-        assert isinstance(part, KroneckerPart)
-        return _kronecker(part, block, share)
-    if isinstance(block, UnitwiseCurvature):
-        diagonals = block.blocks.diagonal(dim1=-2, dim2=-1).unbind(-1)
+def _as_factors(
+    block: Block, parameters: Mapping[str, nn.Parameter], found: Any, share: float
+) -> dict[str, list[Tensor]]:
+    """Name of a parameter -> its factors in laplace-torch's form, of curvature with this share."""
+    names = [piece.parameter for piece in block.pieces]
+    if isinstance(found, KroneckerFactors):
+        return _kronecker(block, parameters, found, share)
+    if isinstance(found, UnitwiseCurvature):
+        diagonals = found.blocks.diagonal(dim1=-2, dim2=-1).unbind(-1)
         return {
-            id(piece.parameter): [torch.diag(diagonal)]
-            for piece, diagonal in zip(part.slices, diagonals, strict=True)
+            name: _as_two(name, diagonal.reshape(parameters[name].shape), share)
+            for name, diagonal in zip(names, diagonals, strict=True)
         }
-    diagonal = block.diagonal
-    if diagonal.dim() > 1:
-        diagonal = diagonal.flatten(1)
-        warnings.warn(
-            f"the diagonal of '{part.name}' {list(block.diagonal.shape)} is replaced by the "
-            "product of its row and column sums: laplace-torch wants two factors for it",
-            stacklevel=4,
-        )
-        total = diagonal.sum().clamp(min=torch.finfo(diagonal.dtype).tiny)
-        rows, columns = torch.diag(diagonal.sum(1)), torch.diag(diagonal.sum(0) / total)
-        return {id(part.slices[0].parameter): [rows, columns * share]}
-    return {id(part.slices[0].parameter): [torch.diag(diagonal)]}
+    return {names[0]: _as_two(names[0], found.diagonal, share)}
+
+
+def _as_two(name: str, diagonal: Tensor, share: float) -> list[Tensor]:
+    """A diagonal in the shape of its parameter as one factor, or two where that is a matrix."""
+    if diagonal.dim() < 2:
+        return [torch.diag(diagonal)]
+    warnings.warn(
+        f"the diagonal of '{name}' {list(diagonal.shape)} is replaced by the product of its row "
+        "and column sums: laplace-torch wants two factors for it",
+        stacklevel=5,
+    )
+    diagonal = diagonal.flatten(1)
+    total = diagonal.sum().clamp(min=torch.finfo(diagonal.dtype).tiny)
+    rows, columns = torch.diag(diagonal.sum(1)), torch.diag(diagonal.sum(0) / total)
+    return [rows, columns * share]
 
 
 def _kronecker(
-    part: KroneckerPart, block: KroneckerFactors, share: float
-) -> dict[int, list[Tensor]]:
-    a, b = block.input_covariance, block.gradient_covariance
-    if any(piece.is_sliced for piece in part.slices):
-        raise _unsupported(part, "is one of several maps in one parameter")
-    transposed = isinstance(part.kind, ConvKind) and part.module.transposed
-    groups = part.kind.groups(part.module)
-    if groups > 1 or transposed:
-        raise _unsupported(part, "has groups" if groups > 1 else "is a transposed convolution")
-    a = torch.diag_embed(a) if block.diagonal_input else a
-    b = torch.diag_embed(b) if block.diagonal_gradient else b
+    block: Block, parameters: Mapping[str, nn.Parameter], found: KroneckerFactors, share: float
+) -> dict[str, list[Tensor]]:
+    if not isinstance(block, KroneckerBlock):
+        raise _unsupported(block, "is used as its own transpose")
+    if not all(piece.is_whole for piece in block.pieces):
+        raise _unsupported(block, "is one of several maps in one parameter")
+    a, b = found.input_covariance, found.gradient_covariance
+    groups, out, into = block.matrix.shape
+    if groups > 1:
+        raise _unsupported(block, "has groups")
+    a = torch.diag_embed(a) if found.diagonal_input else a
+    b = torch.diag_embed(b) if found.diagonal_gradient else b
     factors = {}
-    if part.has_bias:
-        factors[id(part.slices[1].parameter)] = [b * (a[-1, -1] / share)]
+    if block.bias is not None:
+        factors[block.bias.parameter] = [b * (a[-1, -1] / share)]
         a = a[:-1, :-1]
-    # An embedding's weight is the transpose of a linear layer's.
-    first, second = (a, b) if isinstance(part.kind, EmbeddingKind) else (b, a)
-    factors[id(part.slices[0].parameter)] = [first, second]
+    # laplace-torch's first factor is that of the weight's first dimension: an embedding's weight is
+    # the transpose of a linear map's.
+    stride = (into, 1)
+    if tuple(block.matrix.piece.stride[1:]) == stride:
+        first, second = b, a
+    elif parameters[block.matrix.piece.parameter].shape == (into, out):
+        first, second = a, b
+    else:
+        raise _unsupported(block, "is a transposed convolution")
+    factors[block.matrix.piece.parameter] = [first, second]
     return factors
 
 
-def _unsupported(part: Part, why: str) -> NotImplementedError:
+def _unsupported(block: Block, why: str) -> NotImplementedError:
     return NotImplementedError(
-        f"layer '{part.name}' {why}: laplace-torch has no place for such factors. Freeze it "
+        f"layer '{block.name}' {why}: laplace-torch has no place for such factors. Freeze it "
         "(requires_grad_(False)) or use hessian_structure='diag'"
     )
 
@@ -320,16 +314,3 @@ def _zeros(parameter: Tensor) -> list[Tensor]:
         return [parameter.new_zeros(parameter.numel(), parameter.numel())]
     sides = parameter.shape[0], parameter.shape[1:].numel()
     return [parameter.new_zeros(side, side) for side in sides]
-
-
-@contextmanager
-def _without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Makes the parameters constants inside the block."""
-    chosen = list(parameters)
-    try:
-        for parameter in chosen:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in chosen:
-            parameter.requires_grad_(True)

@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 
 from rich.console import Console
 
+from experiments.paper.sizes import PaperSize
 from experiments.tables import Table
 
 
@@ -19,10 +20,13 @@ class ExperimentModule(Protocol):
     Attributes:
         SMALL: flags of the size that `all --small` runs.
         PAPER: what the paper says about it, as Markdown, for the results page.
+        PAPER_SIZE: what --paper runs; None where that is a figure of `paper.figures`, or where
+            the experiment has one size only.
     """
 
     SMALL: list[str]
     PAPER: str
+    PAPER_SIZE: PaperSize | None
 
     def add_flags(self, parser: argparse.ArgumentParser) -> None:
         """Adds the experiment's own flags."""

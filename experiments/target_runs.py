@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments import cifar, image_tuning, pictures
+from experiments.paper.figures import METHODS, Figure
 from experiments.tables import Table
 from quickstart import molecules, settings
 from quickstart.errors import QuickstartError, writing
@@ -210,8 +211,8 @@ def _curve(run: Run) -> dict[str, list[float]]:
     }
 
 
-def tables(result: dict[str, Any]) -> list[Table]:
-    """Steps and time to the target, and ratios to the reference."""
+def tables(result: dict[str, Any], figure: Figure) -> list[Table]:
+    """Steps and time to the target, ratios to the reference; below them the paper's."""
 
     def stat(value: list[float] | None, digits: int) -> str:
         if value is None:
@@ -238,9 +239,28 @@ def tables(result: dict[str, Any]) -> list[Table]:
             (name, f"{m['reached']}/{m['runs']}", stat(m["steps"], 0), ratios[0],
              stat(m["seconds"], 1), ratios[1])
         )  # fmt: skip
+    rows += [_paper_row(figure, method) for method in METHODS]
     title = f"Target: {result['metric']} {result['target']:g} on {result['data']}, mean ± s.e."
     header = ("", "reached", "steps", "ratio", "seconds", "ratio")
     return [Table(title, header, tuple(rows))]
+
+
+def _paper_row(figure: Figure, method: str) -> tuple[str, str, str, str, str, str]:
+    row, base = figure.row(method), figure.row("reference")
+
+    def stat(mean: float, error: float, digits: int) -> str:
+        spread = "" if error != error else f" ± {error:,.{digits}f}"
+        return f"{mean:,.{digits}f}{spread}"
+
+    def share(value: float, whole: float) -> str:
+        return "1" if row is base else f"{100 * value / whole:.0f} %"
+
+    name = row.label.partition(": ")[2]
+    return (
+        f"the paper's {name}", f"{figure.seeds}/{figure.seeds}",
+        stat(row.steps, row.steps_stderr, 0), share(row.steps, base.steps),
+        f"{stat(row.hours, row.hours_stderr, 2)} h", share(row.hours, base.hours),
+    )  # fmt: skip
 
 
 def draw(result: dict[str, Any], path: Path) -> bool:

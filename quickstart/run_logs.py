@@ -8,13 +8,13 @@ import json
 import os
 import platform
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from quickstart import locks
 from quickstart.errors import QuickstartError, explain_os_error, writing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +31,7 @@ def workload_folder(experiment_dir: Path, experiment_name: str, workload: str) -
 
 
 def open_workload_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Makes the folder ready for a run; never asks.
+    """Makes way for a run in the folder; never asks.
 
     Raises:
         QuickstartError: if it holds a run and neither `resume` nor `overwrite` is given, or if it
@@ -53,11 +53,12 @@ def open_workload_folder(folder: Path, resume: bool, overwrite: bool) -> None:
                 f"--overwrite: {folder} holds {strangers or 'a link'}, which is no run of this "
                 "program: delete it yourself or choose another --experiment_name"
             )
-        shutil.rmtree(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise explain_os_error(error, folder) from error
+        try:
+            locks.delete(folder)
+        except locks.RunInUseError as error:
+            raise QuickstartError(f"--overwrite: {error}") from error
+        except OSError as error:
+            raise explain_os_error(error, folder) from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

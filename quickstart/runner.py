@@ -6,7 +6,6 @@
 """
 
 import contextlib
-import fcntl
 import importlib.util
 import json
 import logging
@@ -21,7 +20,7 @@ from typing import Any
 
 from absl import flags
 
-from quickstart import run_logs, search_space, submissions
+from quickstart import locks, run_logs, search_space, submissions
 from quickstart.allocator import keep_freed_memory
 from quickstart.base_workload import QuickstartWorkload
 from quickstart.checkpoints import list_checkpoints
@@ -66,6 +65,9 @@ def _define_flags() -> None:
     number("batch_size", None, "Examples per batch (default: the submission's get_batch_size, or "
            "the workload's where the submission does not know it).", 1)  # fmt: skip
     number("eval_every", None, "Steps between evaluations (default: the workload's, 25).", 1)
+    number(
+        "eval_every_early", None, "The same for the first 100 steps (default: no difference).", 1
+    )
     for split in ("validation", "test"):
         flags.DEFINE_float(f"{split}_target_value", None, f"Value to reach on the {split} set "
                            "(default: the workload's).", flag_values=FLAGS)  # fmt: skip
@@ -136,6 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
         batch_size=choose_batch_size(options.batch_size, options.workload, submission, workload),
         max_global_steps=options.max_global_steps or workload.step_hint,
         eval_every=options.eval_every or workload.eval_period_steps,
+        eval_every_early=options.eval_every_early,
         save_checkpoints=options.save_checkpoints,
         stop_at_target=options.stop_at_target,
     )
@@ -174,8 +177,6 @@ def _run_trial(
             "on with it, or --overwrite to begin anew"
         )
     with contextlib.ExitStack() as cleanup:
-        if options.use_wandb:
-            _start_wandb(options, hyperparameters, trial)
         logger = run_logs.MetricsLogger(trial, options.use_wandb)
         run = TrainingRun(workload, submission, hyperparameters, settings, trial, logger)
         for problem in run.restore():
@@ -190,6 +191,8 @@ def _run_trial(
         given = {**options.flag_values_dict(), "max_global_steps": settings.max_global_steps}
         run_logs.write_json(trial / f"flags_{count}.json", given)
         run_logs.write_json(trial / run_logs.RUN_RECORD, identity)
+        if options.use_wandb:
+            _start_wandb(options, hyperparameters, trial)
         progress_file = None if options.progress_file is None else Path(options.progress_file)
         reporter = choose_reporter(
             options.experiment_name,
@@ -286,29 +289,31 @@ def _explain_interruption(interruption: InterruptedRunError, trial: Path) -> int
 def _exclusive(trial: Path) -> Iterator[None]:
     """Keeps a second process out of a trial's folder."""
     try:
-        trial.mkdir(parents=True, exist_ok=True)
-        file = (trial / ".lock").open("w")
+        with locks.hold(trial):
+            yield
+    except locks.RunInUseError as error:
+        raise QuickstartError(str(error)) from error
     except OSError as error:
-        raise explain_os_error(error, trial) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise QuickstartError(f"another process is training in {trial}") from error
-        yield
+        raise explain_os_error(error, Path(error.filename or trial)) from error
 
 
 def _require_wandb() -> None:
     if importlib.util.find_spec("wandb") is None:
-        raise QuickstartError("--use_wandb: wandb is not installed; run `pip install wandb`")
+        raise QuickstartError(
+            "--use_wandb: wandb is not installed; ./run.sh setup --wandb installs it"
+        )
 
 
 def _start_wandb(options: flags.FlagValues, hyperparameters: Any, trial: Path) -> None:
+    """Starts a wandb run that has all that the comparer reads from the trial's folder."""
+    live = importlib.import_module("steps_to_target.wandb_runs.live")
     wandb = importlib.import_module("wandb")
-    wandb.init(dir=str(trial), tags=[options.workload, "pytorch", "quickstart"])
-    wandb.config.update(options.flag_values_dict())
+    tags = [options.workload, "pytorch", "quickstart"]
+    wandb.init(dir=str(trial), tags=tags, **live.arguments(trial))
+    wandb.config.update(options.flag_values_dict(), allow_val_change=True)
     if hyperparameters is not None:
-        wandb.config.update(hyperparameters._asdict())
+        wandb.config.update(hyperparameters._asdict(), allow_val_change=True)
+    wandb.config.update(live.description(trial), allow_val_change=True)
 
 
 if __name__ == "__main__":

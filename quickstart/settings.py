@@ -15,18 +15,18 @@ _NOT_METHODS = ("study", "tuning", "tuning_results")
 class Comparison:
     """Methods that run to one target, and the method that they are compared with.
 
-    The target is one that the tuned reference just reaches with every seed.
-
     Attributes:
         reference: the first-order method whose update rule the others share.
         methods: in the order in which they are run and shown, the reference among them.
         validation_target_value, test_target_value: metric values to reach.
+        targets_fixed: the day on which they were, before any run of the study.
     """
 
     reference: str
     methods: list[str]
     validation_target_value: float
     test_target_value: float
+    targets_fixed: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,14 @@ class StudySettings:
         comparisons: one table each; no method is in two of them.
         seeds: one run each per method.
         max_global_steps: steps of a run at most.
+        eval_every, eval_every_early: steps between evaluations, None for the workload's own.
     """
 
     comparisons: list[Comparison]
     seeds: list[int]
     max_global_steps: int
+    eval_every: int | None = None
+    eval_every_early: int | None = None
 
     @property
     def methods(self) -> list[str]:

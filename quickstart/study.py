@@ -1,12 +1,11 @@
 """The main job: every method, several seeds, one table and one plot of steps and time to target.
 
-    python -m quickstart.study
+    python -m quickstart
 
 Methods and their tuned settings are in quickstart/settings/; runs go to runs/quickstart/ in
 AlgoPerf's format, so that `./run.sh compare runs/quickstart` works on them too.
 """
 
-import argparse
 import shutil
 import sys
 from collections.abc import Sequence
@@ -15,15 +14,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from quickstart import molecules, run_logs, runner, search_space, settings, submissions
+from quickstart import molecules, options, run_logs, runner, search_space, settings, submissions
 from quickstart.base_workload import QuickstartWorkload
 from quickstart.errors import QuickstartError, run_reporting_errors, writing
 from quickstart.parallel import Job, run_jobs
 from quickstart.training import RunSettings
-from quickstart.workloads import WORKLOADS, build_workload
+from quickstart.workloads import build_workload
 
-ROOT = Path(__file__).resolve().parents[1]
-DEFAULT_SUBMISSION = ROOT / "submission" / "submission.py"
+DEFAULT_SUBMISSION = options.DEFAULT_SUBMISSION
 
 
 @dataclass(frozen=True)
@@ -53,33 +51,33 @@ class PlannedRun:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the study; returns 1 if a run failed, 130 if it was interrupted."""
-    options = _parse(arguments)
+    given = options.parse(arguments)
     console = console_for_tables()
-    study = settings.read_study(options.workload)
-    methods = options.methods or study.methods
-    seeds = study.seeds if options.seeds is None else options.seeds
-    steps = options.max_global_steps or study.max_global_steps
-    if options.reference is not None and options.reference not in methods:
+    study = settings.read_study(given.workload)
+    methods = given.methods or study.methods
+    seeds = study.seeds if given.seeds is None else given.seeds
+    steps = given.max_global_steps or study.max_global_steps
+    if given.reference is not None and given.reference not in methods:
         raise QuickstartError(
-            f"--reference {options.reference} is not among the methods: {', '.join(methods)}"
+            f"--reference {given.reference} is not among the methods: {', '.join(methods)}"
         )
-    data_dir = options.data_dir
-    if options.workload == "molecules":
+    data_dir = given.data_dir
+    if given.workload == "molecules":
         data_dir = (data_dir or molecules.DEFAULT_DATA_DIR).expanduser()
         console.print(
             molecules.describe(molecules.prepare(data_dir)), highlight=False, soft_wrap=True
         )
-    workload = build_workload(options.workload, data_dir)
-    submission = submissions.load(options.submission_path)
-    folder = options.experiment_dir.expanduser()
-    if options.fresh:
+    workload = build_workload(given.workload, data_dir)
+    submission = submissions.load(given.submission_path)
+    folder = given.experiment_dir.expanduser()
+    if given.fresh:
         _delete_runs(folder, methods)
     plan = [
         _plan(
             workload,
             submission,
-            options.workload,
-            study.comparison_of(method),
+            given.workload,
+            study,
             method,
             seed,
             folder,
@@ -89,31 +87,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for method in methods
     ]
     _explain(plan, folder, console)
-    _copy_tuning(options.workload, folder, console)
+    _copy_tuning(given.workload, folder, console)
     console.print(
-        f"at most {steps} steps each, {options.jobs} runs at a time; a run ends when it has "
+        f"at most {steps} steps each, {given.jobs} runs at a time; a run ends when it has "
         f"reached its targets of validation and test {workload.target_metric_name}",
         highlight=False,
         soft_wrap=True,
     )
+    grid = {"eval_every": study.eval_every, "eval_every_early": study.eval_every_early}
     common = [
-        f"--workload={options.workload}",
-        f"--submission_path={options.submission_path}",
+        *(f"--{name}={value}" for name, value in grid.items() if value is not None),
+        f"--workload={given.workload}",
+        f"--submission_path={given.submission_path}",
         f"--experiment_dir={folder}",
         f"--max_global_steps={steps}",
         *([] if data_dir is None else [f"--data_dir={data_dir}"]),
+        *(["--use_wandb"] if given.use_wandb else []),
     ]
     jobs = [_job(run, common, folder) for run in plan if run.state != "complete"]
     metric = workload.target_metric_name
     try:
-        outcomes = run_jobs(jobs, at_once=options.jobs, steps=steps, metric=metric, console=console)
+        outcomes = run_jobs(jobs, at_once=given.jobs, steps=steps, metric=metric, console=console)
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on where it stopped", file=sys.stderr)
         return 130
     for comparison in study.comparisons:
         shown = [m for m in methods if study.comparison_of(m) is comparison]
         if shown:
-            reference = options.reference or comparison.reference
+            reference = given.reference or comparison.reference
             _report(folder, shown, reference if reference in shown else None, console)
     console.print(f"runs, tables and plots: {folder}", highlight=False, soft_wrap=True)
     failed = [outcome.job.name for outcome in outcomes if outcome.code != 0]
@@ -128,38 +129,17 @@ def console_for_tables() -> Console:
     return console if console.is_terminal else Console(width=120)
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m quickstart.study",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--workload", choices=list(WORKLOADS), default="molecules")
-    add("--methods", nargs="+", metavar="METHOD", help="methods to run (default: all of the study)")
-    add("--seeds", nargs="+", type=_seed, metavar="N", help="seeds (default: the study's)")
-    add("--reference", metavar="METHOD", help="method to compare with (default: the study's)")
-    add("--max_global_steps", "--max-global-steps", type=_positive, help="steps of a run at most")
-    add("--jobs", type=_positive, default=2, help="runs at a time, one thread each (default: 2)")
-    add("--data_dir", "--data-dir", type=Path, help="data folder (default: data/ of this project)")
-    add("--experiment_dir", "--experiment-dir", type=Path, default=ROOT / "runs" / "quickstart",
-        help="where runs go (default: runs/quickstart of this project)")  # fmt: skip
-    add("--submission_path", "--submission-path", type=Path, default=DEFAULT_SUBMISSION)
-    add("--fresh", action="store_true", help="delete and repeat runs that exist already")
-    return parser.parse_args(arguments)
-
-
 def _plan(
     workload: QuickstartWorkload,
     submission: submissions.Submission,
     workload_name: str,
-    comparison: settings.Comparison,
+    study: settings.StudySettings,
     method: str,
     seed: int,
     folder: Path,
     steps: int,
 ) -> PlannedRun:
+    comparison = study.comparison_of(method)
     workload.set_targets(comparison.validation_target_value, comparison.test_target_value)
     point = settings.method_file(workload_name, method)
     hyperparameters = search_space.read_points(point, 1, seed)[0]
@@ -167,7 +147,8 @@ def _plan(
         rng_seed=seed,
         batch_size=runner.choose_batch_size(None, workload_name, submission, workload),
         max_global_steps=steps,
-        eval_every=workload.eval_period_steps,
+        eval_every=study.eval_every or workload.eval_period_steps,
+        eval_every_early=study.eval_every_early,
     )
     identity = runner.run_identity(workload, submission, hyperparameters, run_settings)
     parent = run_logs.workload_folder(folder, f"{method}/study_{seed}", workload_name)
@@ -262,20 +243,6 @@ def _report(
     except CompareError as error:
         raise QuickstartError(f"cannot compare the runs in {folder}: {error}") from error
     console.print(f"plot: {plot}", highlight=False, soft_wrap=True)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
-
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
-    return value
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
 """Loads a submission, the Python file with AlgoPerf's functions."""
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from quickstart.errors import QuickstartError
+from submission.algoperf_compat import spec
 
 _REQUIRED = ("get_batch_size", "init_optimizer_state", "update_params", "data_selection")
 
@@ -36,8 +40,8 @@ class Submission:
 def load(path: Path) -> Submission:
     """Imports a submission.
 
-    A path below the current folder is imported as a dotted module name, as AlgoPerf does; any
-    other one is loaded from its file.
+    A file that lies in a folder where Python looks for modules, or in a package, is imported as a
+    dotted module name, as AlgoPerf does; any other one is loaded from its file.
 
     Raises:
         QuickstartError: if there is no such file, it cannot be imported or a function is missing.
@@ -45,7 +49,8 @@ def load(path: Path) -> Submission:
     if path.suffix != ".py" or not path.is_file():
         raise QuickstartError(f"--submission_path: {path} is no Python file")
     try:
-        module = _import(path)
+        with _algoperf_stood_in_for():
+            module = _import(path)
     except Exception as error:  # whatever the file does when it is imported
         raise QuickstartError(
             f"--submission_path: cannot import {path}: {type(error).__name__}: {error}"
@@ -64,12 +69,39 @@ def load(path: Path) -> Submission:
     )
 
 
+@contextlib.contextmanager
+def _algoperf_stood_in_for() -> Iterator[None]:
+    """Lets a submission import `algoperf.spec`, with the values that this program's workloads use.
+
+    A copy of this project's submission would otherwise make values of its own, which are equal to
+    none of a workload's. Where AlgoPerf is installed it is left alone.
+    """
+    names = ("algoperf", "algorithmic_efficiency")
+    if any(importlib.util.find_spec(name) is not None for name in names):
+        yield
+        return
+    package, module = ModuleType("algoperf"), ModuleType("algoperf.spec")
+    for item in (package, module):
+        item.__spec__ = ModuleSpec(item.__name__, None)
+    package.__path__ = []
+    vars(module).update({k: getattr(spec, k) for k in dir(spec) if not k.startswith("_")})
+    package.spec = module  # type: ignore[attr-defined]
+    sys.modules |= {"algoperf": package, "algoperf.spec": module}
+    try:
+        yield
+    finally:
+        for name in ("algoperf", "algoperf.spec"):
+            del sys.modules[name]
+
+
 def _import(path: Path) -> Any:
-    here = Path.cwd()
     absolute = path.resolve()
-    if absolute.is_relative_to(here) and str(here) in (*sys.path, *map(str, map(Path, sys.path))):
-        parts = absolute.relative_to(here).with_suffix("").parts
-        if all(part.isidentifier() for part in parts):
+    folders = [Path(entry or ".").resolve() for entry in sys.path]
+    for folder in [f for f in folders if absolute.is_relative_to(f)] or [_above_package(absolute)]:
+        parts = absolute.relative_to(folder).with_suffix("").parts
+        if folder not in folders and len(parts) > 1:
+            sys.path.append(str(folder))  # a package, whose modules import each other
+        if all(part.isidentifier() for part in parts) and (folder in folders or len(parts) > 1):
             return importlib.import_module(".".join(parts))
     name = f"submission_{absolute.stem}"
     module_spec = importlib.util.spec_from_file_location(name, absolute)
@@ -79,3 +111,11 @@ def _import(path: Path) -> Any:
     sys.modules[name] = module
     module_spec.loader.exec_module(module)
     return module
+
+
+def _above_package(file: Path) -> Path:
+    """The folder that holds the outermost package around a file, else the file's own folder."""
+    folder = file.parent
+    while (folder / "__init__.py").is_file():
+        folder = folder.parent
+    return folder

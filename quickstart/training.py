@@ -7,7 +7,9 @@ evaluation ends the run.
 """
 
 import contextlib
+import os
 import random
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -27,6 +29,9 @@ from quickstart.run_logs import MetricsLogger
 from quickstart.submissions import Submission
 from submission.algoperf_compat import spec
 
+# Fast methods reach their target within these steps; a coarse grid would be their spread.
+EARLY_STEPS = 100
+
 
 @dataclass(frozen=True)
 class RunSettings:
@@ -37,6 +42,7 @@ class RunSettings:
         batch_size: graphs or images per batch.
         max_global_steps: number of steps after which training ends.
         eval_every: number of steps between evaluations.
+        eval_every_early: the same during the first `EARLY_STEPS` steps, None for no difference.
         save_checkpoints: whether to write a checkpoint at each evaluation.
         stop_at_target: whether training ends once both targets are met, as in AlgoPerf.
     """
@@ -45,6 +51,7 @@ class RunSettings:
     batch_size: int
     max_global_steps: int
     eval_every: int
+    eval_every_early: int | None = None
     save_checkpoints: bool = True
     stop_at_target: bool = True
 
@@ -187,20 +194,23 @@ class TrainingRun:
         return "submission" if stopped_by_submission else "steps"
 
     @contextlib.contextmanager
-    def _submissions_errors(self, what: str) -> Iterator[None]:
+    def _submissions_errors(self, what: str, trace: Path | None = None) -> Iterator[None]:
         """Turns an error of the submission into one line; its traceback goes into a file."""
         try:
             yield
         except QuickstartError:
             raise
         except Exception as error:
-            trace = self.folder / "error.txt"
-            trace.write_text(traceback.format_exc(), encoding="utf-8")
+            trace = trace or self.folder / "error.txt"
+            with contextlib.suppress(OSError):  # of a full disk, say; the message has to come out
+                trace.write_text(traceback.format_exc(), encoding="utf-8")
             message = " ".join(str(error).split()) or type(error).__name__
             raise QuickstartError(f"{what}: {message} (traceback: {trace})") from error
 
     def _init_optimizer_state(self, optimizer_rng: Any) -> dict[str, Any]:
-        with self._submissions_errors("the submission rejects its hyperparameters"):
+        # A run that is refused leaves nothing in its folder.
+        elsewhere = Path(tempfile.gettempdir()) / f"quickstart_error_{os.getpid()}.txt"
+        with self._submissions_errors("the submission rejects its hyperparameters", elsewhere):
             state = self.submission.init_optimizer_state(
                 self.workload, self.model, self.model_state, self.hyperparameters, optimizer_rng
             )
@@ -305,9 +315,12 @@ class TrainingRun:
         checkpoints.save(self.folder, self.model, self.optimizer_state, progress)
 
     def _evaluation_is_due(self) -> bool:
+        every = self.settings.eval_every
+        if self.settings.eval_every_early and self.global_step <= EARLY_STEPS:
+            every = self.settings.eval_every_early
         return (
             self.global_step == 1
-            or self.global_step % self.settings.eval_every == 0
+            or self.global_step % every == 0
             or self.train_state["training_complete"]
         )
 

@@ -1,7 +1,7 @@
 """Steps and time to target, compared: from AlgoPerf's log folders, the quickstart's, or wandb.
 
 The command line is ``python -m steps_to_target RUNS... --reference NAME``; the functions below are
-what it is made of. Names that need matplotlib or jinja2 are imported when first used.
+what it is made of. Each is imported when it is first used, with the packages that it needs.
 """
 
 from __future__ import annotations
@@ -9,38 +9,50 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from steps_to_target.errors import CompareError
-from steps_to_target.export import write_csv, write_json
-from steps_to_target.model import Crossing, Identity, Run, Status
-from steps_to_target.reader import load_runs
-from steps_to_target.scoring import Profile, performance_profile
-from steps_to_target.summary import Group, Summary, summarize
-from steps_to_target.targets import Target
-from steps_to_target.text import render_profile, render_table, render_text
-from steps_to_target.wandb_names import wandb_environment
-
 if TYPE_CHECKING:
-    from steps_to_target.plots import plot_profile, plot_runs
-    from steps_to_target.report import write_html
-    from steps_to_target.wandb_write import push_to_wandb
+    from steps_to_target.errors import CompareError
+    from steps_to_target.model import Crossing, Identity, Note, Run, Status
+    from steps_to_target.output.export import write_csv, write_json
+    from steps_to_target.output.plots import plot_profile, plot_runs
+    from steps_to_target.output.report import write_html
+    from steps_to_target.output.text import render_profile, render_table, render_text
+    from steps_to_target.reading.load import Loaded, load, load_runs
+    from steps_to_target.scoring import Profile, performance_profile
+    from steps_to_target.summary import Group, Summary, summarize
+    from steps_to_target.targets import Override, Target
+    from steps_to_target.wandb_runs.names import wandb_environment
+    from steps_to_target.wandb_runs.push import push_to_wandb
 
-_LAZY = {
-    "plot_profile": "plots",
-    "plot_runs": "plots",
-    "push_to_wandb": "wandb_write",
-    "write_html": "report",
+_HOMES = {
+    "errors": ["CompareError"],
+    "model": ["Crossing", "Identity", "Note", "Run", "Status"],
+    "output.export": ["write_csv", "write_json"],
+    "output.plots": ["plot_profile", "plot_runs"],
+    "output.report": ["write_html"],
+    "output.text": ["render_profile", "render_table", "render_text"],
+    "reading.load": ["Loaded", "load", "load_runs"],
+    "scoring": ["Profile", "performance_profile"],
+    "summary": ["Group", "Summary", "summarize"],
+    "targets": ["Override", "Target"],
+    "wandb_runs.names": ["wandb_environment"],
+    "wandb_runs.push": ["push_to_wandb"],
 }
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "CompareError",
     "Crossing",
     "Group",
     "Identity",
+    "Loaded",
+    "Note",
+    "Override",
     "Profile",
     "Run",
     "Status",
     "Summary",
     "Target",
+    "load",
     "load_runs",
     "performance_profile",
     "plot_profile",
@@ -58,7 +70,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the plotting, reporting and wandb functions on first use."""
-    if name in _LAZY:
-        return getattr(import_module(f"steps_to_target.{_LAZY[name]}"), name)
+    """Import a function or class from where it lives."""
+    if name in _HOME_OF:
+        return getattr(import_module(f"steps_to_target.{_HOME_OF[name]}"), name)
     raise AttributeError(f"module 'steps_to_target' has no attribute {name!r}")

@@ -1,8 +1,6 @@
 """Entry point of ``python -m steps_to_target``."""
 
-import sys
-
-from steps_to_target.cli import main
+from steps_to_target.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -1,4 +1,8 @@
-"""Command line: ``python -m steps_to_target RUNS... --reference NAME``."""
+"""Command line: ``python -m steps_to_target RUNS... --reference NAME``.
+
+What takes long to import (pandas, scipy, matplotlib) is imported when it is used: ``--help`` and
+mistakes in the options need none of it.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from steps_to_target.errors import CompareError
-from steps_to_target.export import write_csv, write_json
-from steps_to_target.model import Run
-from steps_to_target.reader import load_runs
-from steps_to_target.scoring import performance_profile
-from steps_to_target.summary import Summary, summarize
-from steps_to_target.targets import parse_override
-from steps_to_target.text import render_profile, render_table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from steps_to_target.model import Run
+    from steps_to_target.summary import Summary
 
 _USAGE_ERROR = 2
 
@@ -66,7 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="W:METRIC=VALUE",
-        help="validation target of workload W in place of the logged one (may be repeated)",
+        help="validation target of workload W in place of the logged one; <= or >= in place of = "
+        "says which way the metric has to go (may be repeated)",
     )
     add("--no-paper", action="store_true", help="leave out the paper's rows")
     add("--no-runs", action="store_true", help="leave out the table of single runs")
@@ -86,9 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _chosen(runs: list[Run], names: str | None) -> tuple[list[Run], list[str] | None]:
+def _chosen(runs: list[Run], names: str | None) -> list[Run]:
     if names is None:
-        return runs, None
+        return runs
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     known = sorted({run.workload for run in runs})
     unknown = [name for name in wanted if name not in known]
@@ -97,31 +100,36 @@ def _chosen(runs: list[Run], names: str | None) -> tuple[list[Run], list[str] | 
             f"--workloads: no run on {', '.join(unknown) or 'no workload'}; "
             f"these have runs: {', '.join(known)}"
         )
-    return [run for run in runs if run.workload in wanted], wanted
+    return [run for run in runs if run.workload in wanted]
 
 
 def _write(arguments: argparse.Namespace, runs: list[Run], summary: Summary) -> list[Path]:
+    from steps_to_target.output.export import write_csv, write_json
+    from steps_to_target.scoring import performance_profile
+
     written = []
     if arguments.json:
         written.append(write_json(runs, summary, arguments.json))
     if arguments.csv:
         written.append(write_csv(runs, arguments.csv))
     if arguments.plot:
-        from steps_to_target.plots import plot_runs
+        from steps_to_target.output.plots import plot_runs
 
         written.append(plot_runs(runs, arguments.plot))
     if arguments.profile_plot:
-        from steps_to_target.plots import plot_profile
+        from steps_to_target.output.plots import plot_profile
 
         written.append(plot_profile(performance_profile(summary), arguments.profile_plot))
     if arguments.html:
-        from steps_to_target.report import write_html
+        from steps_to_target.output.report import write_html
 
         written.append(write_html(runs, summary, arguments.html))
     return written
 
 
 def _console() -> Console:
+    from rich.console import Console
+
     # A pipe or file has no width: wide enough for the tables rather than rich's 80 columns.
     width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 150
     return Console(width=width, highlight=False)
@@ -134,9 +142,16 @@ def run(argv: Sequence[str] | None = None) -> None:
         CompareError: the request cannot be answered.
     """
     arguments = build_parser().parse_args(argv)
+    from steps_to_target.output.text import render_profile, render_table
+    from steps_to_target.reading.load import load
+    from steps_to_target.scoring import performance_profile
+    from steps_to_target.summary import summarize
+    from steps_to_target.targets import parse_override
+
     targets = dict(parse_override(text) for text in arguments.target)
-    runs, _ = _chosen(load_runs(arguments.runs, targets=targets), arguments.workloads)
-    summary = summarize(runs, arguments.reference, paper=not arguments.no_paper)
+    loaded = load(arguments.runs, targets=targets)
+    runs = _chosen(loaded.runs, arguments.workloads)
+    summary = summarize(runs, arguments.reference, paper=not arguments.no_paper, notes=loaded.notes)
     written = _write(arguments, runs, summary)
     console = _console()
     console.print(render_table(summary, runs=not arguments.no_runs))
@@ -145,7 +160,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     for path in written:
         console.print(f"written: {path}", soft_wrap=True, markup=False)
     if arguments.to_wandb:
-        from steps_to_target.wandb_write import push_to_wandb
+        from steps_to_target.wandb_runs.push import push_to_wandb
 
         pushed = push_to_wandb(
             runs,
@@ -175,3 +190,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("steps_to_target: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def command() -> None:
+    """Entry point: runs the command line and leaves with its exit status."""
+    sys.exit(main())

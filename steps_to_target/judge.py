@@ -1,30 +1,20 @@
-"""From the rows of a log to a trajectory, a crossing and a status. Pure functions, no files."""
+"""From the evaluations of a log to a trajectory, a crossing and a status. No files are read."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
-from steps_to_target.csvfile import Row, finite
-from steps_to_target.model import Crossing, Ending, FloatArray, Status
+from steps_to_target.model import Crossing, Ending, Status
 from steps_to_target.targets import Target
 
 _MAX_STEP = 2.0**53
 # An evaluation later than this many usual gaps before the limit cannot have been the last one.
 _GAP_SLACK = 1.0
-
-
-class Point(NamedTuple):
-    """One evaluation."""
-
-    step: float
-    seconds: float
-    value: float
-    test_value: float
+POINT = ("step", "seconds", "value", "test_value")
 
 
 @dataclass
@@ -32,7 +22,7 @@ class Trajectory:
     """What the evaluations of one run amount to.
 
     Attributes:
-        points: surviving evaluations, steps strictly increasing.
+        points: surviving evaluations, columns ``POINT``, steps strictly increasing.
         crossing: first evaluation, in the order of the log, that meets the validation target.
         test_crossing: the same for the test target.
         went_back: how often the log goes back in steps.
@@ -41,18 +31,13 @@ class Trajectory:
         undone: whether a later resume rolled the crossing back.
     """
 
-    points: list[Point]
+    points: pd.DataFrame
     crossing: Crossing | None = None
     test_crossing: Crossing | None = None
     went_back: int = 0
     repeated: int = 0
     unusable: int = 0
     undone: bool = False
-
-    def column(self, name: str) -> FloatArray:
-        """One field of all points, shape ``(points,)``."""
-        index = Point._fields.index(name)
-        return np.array([point[index] for point in self.points], dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -63,89 +48,60 @@ class Budget:
     steps: float | None = None
 
 
-def _cross(point: Point, value: float, before: Point | None) -> Crossing:
+def _surviving(points: pd.DataFrame) -> pd.DataFrame:
+    """Evaluations that no later one goes back to or behind."""
+    steps = points["step"].to_numpy()
+    later = np.append(np.minimum.accumulate(steps[::-1])[::-1][1:], np.inf)
+    return points[steps < later]
+
+
+def _cross(points: pd.DataFrame, name: str, met: pd.Series) -> Crossing | None:
+    if not met.any():
+        return None
+    position = int(met.to_numpy().argmax())
+    point = points.iloc[position]
+    before = _surviving(points.iloc[: position + 1]).iloc[:-1].tail(1)
+    seconds = before["seconds"].dropna()
     return Crossing(
-        step=point.step,
-        seconds=point.seconds,
-        value=value,
-        previous_step=before.step if before else None,
-        previous_seconds=before.seconds if before and not math.isnan(before.seconds) else None,
+        step=float(point["step"]),
+        seconds=float(point["seconds"]),
+        value=float(point[name]),
+        previous_step=float(before["step"].iloc[0]) if len(before) else None,
+        previous_seconds=float(seconds.iloc[0]) if len(seconds) else None,
     )
 
 
-def follow(rows: Iterable[Row], target: Target | None) -> Trajectory:
+def follow(evaluations: pd.DataFrame, target: Target | None) -> Trajectory:
     """Walk through the evaluations in the order of the log.
 
     After a preemption the log goes on at the checkpoint's step: evaluations from that step on were
     lost work and leave the trajectory. The crossing is the first evaluation in the log that meets
     the target, as AlgoPerf's scoring takes it, even where a resume undid it later (``undone``).
+
+    Args:
+        evaluations: columns ``POINT``, one row for each evaluation.
+        target: what has to be met.
     """
-    track = Trajectory(points=[])
-    points = track.points
-    crossed: Point | None = None
-    column, test_column = (target.column, target.test_column) if target else ("", "")
-    for row in rows:
-        step = row.get("global_step")
-        if step is None or not 0 <= step <= _MAX_STEP:
-            track.unusable += 1
-            continue
-        seconds = finite(row, "accumulated_submission_time", "score")
-        point = Point(
-            step,
-            math.nan if seconds is None or seconds < 0 else seconds,
-            row.get(column, math.nan),
-            row.get(test_column, math.nan),
-        )
-        if points and step <= points[-1].step:
-            if step < points[-1].step:
-                track.went_back += 1
-            else:
-                track.repeated += 1
-            while points and points[-1].step >= step:
-                points.pop()
-        before = points[-1] if points else None
-        points.append(point)
-        if target is None:
-            continue
-        if track.crossing is None and target.met(point.value, target.validation):
-            track.crossing = _cross(point, point.value, before)
-            crossed = point
-        if track.test_crossing is None and target.met(point.test_value, target.test):
-            track.test_crossing = _cross(point, point.test_value, before)
-    track.undone = crossed is not None and not any(
-        point.step == crossed.step
-        and target is not None
-        and target.met(point.value, target.validation)
-        for point in track.points
+    usable = evaluations["step"].between(0, _MAX_STEP)
+    points = evaluations[usable].reset_index(drop=True)
+    points["seconds"] = points["seconds"].where(points["seconds"] >= 0)
+    change = points["step"].diff()
+    track = Trajectory(
+        points=_surviving(points),
+        went_back=int((change < 0).sum()),
+        repeated=int((change == 0).sum()),
+        unusable=int((~usable).sum()),
     )
+    if target is None:
+        return track
+    track.crossing = _cross(points, "value", target.met(points["value"], target.validation))
+    track.test_crossing = _cross(
+        points, "test_value", target.met(points["test_value"], target.test)
+    )
+    if track.crossing is not None:
+        kept = track.points[track.points["step"] == track.crossing.step]
+        track.undone = not bool(target.met(kept["value"], target.validation).any())
     return track
-
-
-def find_ending(rows: list[Row], known: bool) -> Ending:
-    """Read the run's end off the rows of measurements.csv.
-
-    AlgoPerf writes one row with ``score`` (the total submission time) and no metrics when the
-    training loop ends, whatever ended it; a log without it stopped in between.
-    """
-    step = loss = None
-    final = False
-    seconds = None
-    for row in rows:
-        row_step = finite(row, "global_step")
-        if row_step is not None:
-            step = row_step
-        if "loss" in row:
-            loss = row["loss"]
-        total = finite(row, "score")
-        final = (
-            total is not None
-            and "accumulated_submission_time" not in row
-            and "total_duration" not in row
-            and not any(name.startswith("validation/") for name in row)
-        )
-        time = total if final else finite(row, "accumulated_submission_time", "score")
-        seconds = time if time is not None else seconds
-    return Ending(final, step, seconds, loss, known)
 
 
 def _count(value: float | None) -> str:
@@ -178,20 +134,25 @@ def _reached(track: Trajectory, target: Target, ending: Ending) -> str:
 
 
 def _unreached_value(track: Trajectory, target: Target) -> str:
-    values = track.column("value")
-    usable = values[~np.isnan(values)]
-    if not usable.size:
+    values = track.points["value"]
+    if values.isna().all():
         return f"{target.column} is NaN or missing in all {len(values)} evaluations"
-    best = float(usable.min() if target.lower_is_better else usable.max())
+    best = float(values.min() if target.lower_is_better else values.max())
     text = f"best {target.column} {best:.6g}, target {target.validation:.6g}"
-    if np.isnan(values[-1]):
-        first = int(np.flatnonzero(~np.isnan(values))[-1]) + 1
-        text += f"; NaN from step {track.points[first].step:,.0f} on"
+    if np.isnan(values.iloc[-1]):
+        first = track.points["step"][values.last_valid_index() + 1 :].iloc[0]
+        text += f"; NaN from step {first:,.0f} on"
     return text
 
 
 def judge(
-    track: Trajectory, target: Target | None, ending: Ending, budget: Budget, problem: str
+    track: Trajectory,
+    target: Target | None,
+    ending: Ending,
+    budget: Budget,
+    problem: str = "",
+    *,
+    unreadable: bool = False,
 ) -> tuple[Status, str]:
     """Status of a run and the evidence for it.
 
@@ -201,24 +162,26 @@ def judge(
         ending: how its log ends.
         budget: its time limit and step budget.
         problem: why the evaluations cannot be read at all (empty: they can).
+        unreadable: the problem is the files' form, not that they are missing or empty.
 
     Returns:
         The status and one line that says what in the log it rests on.
     """
     if target is not None and track.crossing is not None:
         return Status.REACHED, _reached(track, target, ending)
-    if not track.points:
-        return _without_evaluations(ending, problem)
+    if track.points.empty:
+        return _without_evaluations(ending, problem, unreadable)
     if target is None:
         return (
             Status.UNREADABLE,
-            "neither the run's meta data nor AlgoPerf's workloads give a target; "
+            problem
+            or "neither the run's meta data nor AlgoPerf's workloads give a target; "
             "name one with --target WORKLOAD:METRIC=VALUE",
         )
-    if not any(not math.isnan(point.value) for point in track.points) and problem:
+    if problem and track.points["value"].isna().all():
         return Status.UNREADABLE, problem
     best = _unreached_value(track, target)
-    last = track.points[-1]
+    last = track.points.iloc[-1]
     step = max(last.step, ending.step if ending.step is not None else 0.0)
     seconds = ending.seconds if ending.seconds is not None else last.seconds
     where = f"last evaluation at step {last.step:,.0f}, {_clock(last.seconds)}"
@@ -237,7 +200,7 @@ def judge(
             f"{best}; the run ended by itself at step {step:,.0f}, {_clock(seconds)}",
         )
     if not ending.known:
-        gap = last.seconds - track.points[-2].seconds if len(track.points) > 1 else math.nan
+        gap = track.points["seconds"].diff().iloc[-1]
         if budget.seconds is not None and last.seconds + _GAP_SLACK * gap >= budget.seconds:
             return (
                 Status.OUT_OF_TIME,
@@ -256,8 +219,8 @@ def judge(
     return Status.CUT_SHORT, f"{best}; {end}"
 
 
-def _without_evaluations(ending: Ending, problem: str) -> tuple[Status, str]:
-    if problem and "cannot be read" in problem:
+def _without_evaluations(ending: Ending, problem: str, unreadable: bool) -> tuple[Status, str]:
+    if unreadable:
         return Status.UNREADABLE, problem
     if ending.final_row:
         return (
@@ -282,7 +245,7 @@ def counts_outer_steps(
     """
     if target is None or not budget_seconds or not step_hint or len(track.points) < 3:
         return ""
-    first, last = track.points[0], track.points[-1]
+    first, last = track.points.iloc[0], track.points.iloc[-1]
     if last.step <= first.step or not last.seconds > first.seconds:
         return ""
     pace = (last.seconds - first.seconds) / (last.step - first.step)
@@ -290,12 +253,11 @@ def counts_outer_steps(
     way = target.validation - first.value
     if fitting >= step_hint / 20 or not math.isfinite(way) or way == 0:
         return ""
-    halfway = [p for p in track.points if (p.value - first.value) / way >= 0.5]
-    if not halfway or halfway[0].step > step_hint / 100:
+    halfway = track.points["step"][(track.points["value"] - first.value) / way >= 0.5]
+    if halfway.empty or halfway.iloc[0] > step_hint / 100:
         return ""
     return (
-        f"global_step seems to count outer steps only: {pace:,.1f} s per step, so only "
-        f"{fitting:,.0f} of the workload's {step_hint:,.0f} steps would fit into its time limit, "
-        f"yet the metric went halfway to the target by step {halfway[0].step:,.0f}; its steps are "
-        "not compared"
+        f"{pace:,.1f} s per step, so only {fitting:,.0f} of the workload's {step_hint:,.0f} steps "
+        "would fit into its time limit, yet the metric went halfway to the target by step "
+        f"{halfway.iloc[0]:,.0f}"
     )

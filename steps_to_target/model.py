@@ -85,12 +85,29 @@ class Ending:
 
 
 @dataclass(frozen=True)
+class Note:
+    """Something that a run's log shows.
+
+    Attributes:
+        kind: what it is, the same words for all runs that show it.
+        detail: what it is for this run.
+    """
+
+    kind: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.detail}" if self.detail else self.kind
+
+
+@dataclass(frozen=True)
 class Run:
     """One trial, read and judged.
 
     ``steps``, ``seconds`` and ``values`` (each shape ``(evaluations,)``) are the surviving
     trajectory: evaluations that a resume rolled back are left out. ``values`` is the validation
-    metric, ``test_values`` the test metric, NaN where it was not logged.
+    metric, ``test_values`` the test metric, NaN where it was not logged. ``metrics`` names all
+    validation metrics in the log.
     """
 
     identity: Identity
@@ -110,7 +127,8 @@ class Run:
     hparams: Mapping[str, Any] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
     flags: Mapping[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
     steps_comparable: bool = True
     ending: Ending = field(default_factory=Ending)
 

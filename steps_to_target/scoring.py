@@ -31,7 +31,7 @@ class Profile:
 
     Attributes:
         measure: what the ratios are of.
-        workloads: the named subset.
+        workloads: the named subset; a workload with several targets counts once for each.
         taus: shape ``(points,)``.
         curves: fraction of workloads within tau, by method, each of shape ``(points,)``.
         scores: AlgoPerf benchmark score by method, in [0, 1].
@@ -67,14 +67,16 @@ def performance_profile(
         CompareError: a named workload has no run.
     """
     known = summary.workloads
-    chosen = tuple(dict.fromkeys(workloads)) if workloads is not None else tuple(known)
-    unknown = [name for name in chosen if name not in known]
+    named = list(dict.fromkeys(workloads)) if workloads is not None else known
+    unknown = [name for name in named if name not in known]
+    chosen = tuple(group.table for group in summary.groups if group.workload in named)
+    chosen = tuple(dict.fromkeys(chosen))
     if unknown or not chosen:
         raise CompareError(
             f"no run on workload {', '.join(unknown) or '(none named)'}; "
             f"these have runs: {', '.join(known)}"
         )
-    groups = {(g.workload, g.method): g for g in summary.groups if not g.paper}
+    groups = {(g.table, g.method): g for g in summary.groups if not g.paper}
     methods = sorted({method for workload, method in groups if workload in chosen})
     ratios: dict[str, dict[str, float]] = {method: {} for method in methods}
     absent = []

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 from steps_to_target.model import FloatArray
 
@@ -42,31 +43,28 @@ class Ratio:
     high: float | None
 
 
+def _hits(values: Sequence[float]) -> FloatArray:
+    array = np.asarray(values, dtype=np.float64)
+    return array[np.isfinite(array)]
+
+
 def describe(values: Sequence[float]) -> Stat:
     """Summarise values of all repetitions; infinity or NaN marks one that missed."""
-    array = np.asarray(values, dtype=np.float64)
-    hit = array[np.isfinite(array)]
+    hit = _hits(values)
     mean = float(hit.mean()) if hit.size else math.nan
-    stderr = float(hit.std(ddof=1) / math.sqrt(hit.size)) if hit.size > 1 else math.nan
-    return Stat(hit.size, mean, stderr, median_with_misses(values), array.size)
+    stderr = float(stats.sem(hit)) if hit.size > 1 else math.nan
+    return Stat(hit.size, mean, stderr, median_with_misses(values), len(values))
 
 
 def median_with_misses(values: Sequence[float]) -> float:
     """Median with every miss as infinity (NaN for no values at all)."""
-    array = np.asarray(values, dtype=np.float64)
-    if not array.size:
-        return math.nan
-    ordered = np.sort(np.where(np.isfinite(array), array, np.inf))
-    middle = array.size // 2
-    if array.size % 2:
-        return float(ordered[middle])
-    return float((ordered[middle - 1] + ordered[middle]) / 2)
+    array = np.nan_to_num(np.asarray(values, dtype=np.float64), nan=np.inf, posinf=np.inf)
+    return float(np.median(array)) if array.size else math.nan
 
 
-def _resampled_means(values: FloatArray, generator: np.random.Generator) -> FloatArray:
-    draws = generator.integers(0, values.size, size=(RESAMPLES, values.size))
-    means: FloatArray = values[draws].mean(axis=1)
-    return means
+def _ratio(top: FloatArray, bottom: FloatArray, axis: int) -> FloatArray:
+    quotient: FloatArray = top.mean(axis=axis) / bottom.mean(axis=axis)
+    return quotient
 
 
 def ratio_of_means(values: Sequence[float], reference: Sequence[float]) -> Ratio | None:
@@ -77,21 +75,22 @@ def ratio_of_means(values: Sequence[float], reference: Sequence[float]) -> Ratio
     independently, ``RESAMPLES`` times, with a fixed seed.
 
     Returns:
-        None when either side has no repetition that reached, or the reference's mean is not
+        None when either side has no repetition that reached, or the reference has one that is not
         positive. The interval is None unless both sides have at least two.
     """
-    top = np.asarray(values, dtype=np.float64)
-    bottom = np.asarray(reference, dtype=np.float64)
-    top, bottom = top[np.isfinite(top)], bottom[np.isfinite(bottom)]
-    if not top.size or not bottom.size or not bottom.mean() > 0:
+    top, bottom = _hits(values), _hits(reference)
+    if not top.size or not bottom.size or bottom.min() <= 0:
         return None
     value = float(top.mean() / bottom.mean())
     if top.size < 2 or bottom.size < 2:
         return Ratio(value, None, None)
-    generator = np.random.default_rng(0)
-    tops, bottoms = _resampled_means(top, generator), _resampled_means(bottom, generator)
-    usable = bottoms > 0
-    ratios = tops[usable] / bottoms[usable]
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(ratios, [tail, 100 - tail])
-    return Ratio(value, float(low), float(high))
+    interval = stats.bootstrap(
+        (top, bottom),
+        _ratio,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        vectorized=True,
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return Ratio(value, float(interval.low), float(interval.high))

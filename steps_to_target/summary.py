@@ -1,4 +1,8 @@
-"""Per method and workload: statistics, ratios to a reference, warnings about unlike runs."""
+"""Per method, workload and target: statistics, ratios to a reference, warnings about unlike runs.
+
+Runs on one workload with different targets are in different tables: steps to one target are never
+divided by steps to another.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
-from steps_to_target.differences import comparison_warnings
+from steps_to_target.differences import Caution, comparison_warnings, grouped
 from steps_to_target.errors import CompareError
 from steps_to_target.model import Run, Status
-from steps_to_target.paper import PAPER_ROWS, PaperRow, paper_kind
+from steps_to_target.paper import PaperRow, paper_reference, paper_row, paper_rows
 from steps_to_target.statistics import Ratio, Stat, describe, median_with_misses, ratio_of_means
-from steps_to_target.targets import builtin_target
+from steps_to_target.targets import Target, builtin_target
 
 _SEED_NAMES = {"seed", "rng_seed", "random_seed"}
 _MISS = math.inf
@@ -22,9 +26,12 @@ _MISS = math.inf
 
 @dataclass(frozen=True)
 class Group:
-    """One method on one workload.
+    """One method on one workload, to one target.
 
     Attributes:
+        table: name of the table that it stands in: the workload, with its target where the
+            workload's runs have several.
+        target: what all of its runs had to reach (None: not known).
         repetitions: what mean and standard error are over, in words.
         steps, seconds: statistics of steps and submission seconds to the validation target.
         ratio_steps, ratio_seconds: to the reference (None: the reference itself, or not to be had).
@@ -35,6 +42,8 @@ class Group:
     """
 
     workload: str
+    table: str
+    target: Target | None
     method: str
     runs: tuple[Run, ...]
     repetitions: str
@@ -58,11 +67,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Summary:
-    """All groups, sorted by workload with the reference first and the paper's rows last."""
+    """All groups, sorted by table with the reference first and the paper's rows last.
+
+    ``warnings`` has one line for each kind; ``cautions`` every single one.
+    """
 
     reference: str | None
     groups: tuple[Group, ...]
     warnings: tuple[str, ...]
+    cautions: tuple[str, ...] = ()
     paper_notes: tuple[str, ...] = ()
 
     @property
@@ -70,9 +83,14 @@ class Summary:
         """Names of the workloads, in order."""
         return list(dict.fromkeys(group.workload for group in self.groups))
 
-    def of(self, workload: str) -> list[Group]:
-        """Groups of one workload."""
-        return [group for group in self.groups if group.workload == workload]
+    @property
+    def tables(self) -> list[str]:
+        """Names of the tables, in order: one for each workload and target."""
+        return list(dict.fromkeys(group.table for group in self.groups))
+
+    def of(self, name: str) -> list[Group]:
+        """Groups of one table, or of all tables of a workload."""
+        return [group for group in self.groups if name in (group.table, group.workload)]
 
 
 def _settings(run: Run) -> str:
@@ -118,7 +136,7 @@ def representative(bundle: Sequence[Run]) -> Run:
     )
 
 
-def _group(workload: str, method: str, runs: Sequence[Run]) -> Group:
+def _group(table: str, method: str, runs: Sequence[Run]) -> Group:
     bundles = repetitions(runs)
     steps = [min(map(step_to_target, bundle)) for bundle in bundles]
     seconds = [min(map(seconds_to_target, bundle)) for bundle in bundles]
@@ -132,7 +150,9 @@ def _group(workload: str, method: str, runs: Sequence[Run]) -> Group:
         words = f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}"
     statuses = {str(s): sum(run.status is s for run in runs) for s in Status}
     return Group(
-        workload=workload,
+        workload=runs[0].workload,
+        table=table,
+        target=runs[0].target,
         method=method,
         runs=tuple(runs),
         repetitions=words,
@@ -150,19 +170,19 @@ def _group(workload: str, method: str, runs: Sequence[Run]) -> Group:
     )
 
 
-def _paper_group(workload: str, row: PaperRow, reference: PaperRow) -> Group:
-    seconds = math.nan if row.hours is None else row.hours * 3600
-    base = None if reference.hours is None else reference.hours * 3600
+def _paper_group(beside: Group, row: PaperRow, reference: PaperRow) -> Group:
     own = row is reference
     return Group(
-        workload=workload,
+        workload=beside.workload,
+        table=beside.table,
+        target=beside.target,
         method=row.label,
         runs=(),
         repetitions="as published",
         steps=Stat(1, row.steps, row.steps_stderr, math.nan, 1),
-        seconds=Stat(1 if row.hours else 0, seconds, math.nan, math.nan, 1),
+        seconds=Stat(1, row.hours * 3600, row.hours_stderr * 3600, math.nan, 1),
         ratio_steps=None if own else Ratio(row.steps / reference.steps, None, None),
-        ratio_seconds=None if own or base is None else Ratio(seconds / base, None, None),
+        ratio_seconds=None if own else Ratio(row.hours / reference.hours, None, None),
         is_reference=own,
         paper=True,
     )
@@ -182,16 +202,14 @@ def _with_ratios(group: Group, reference: Group | None) -> Group:
 
 def _paper_note(group: Group) -> str:
     """Whether the paper's ratio lies within this method's interval."""
-    kind = paper_kind(group.method)
-    rows = PAPER_ROWS.get(group.workload, ())
-    base = next((row for row in rows if row.kind == "reference"), None)
-    row = next((row for row in rows if row.kind == kind), None)
-    if row is None or base is None or group.ratio_steps is None:
+    row = paper_row(group.workload, group.method)
+    if row is None or group.ratio_steps is None:
         return ""
-    expected, ratio = row.steps / base.steps, group.ratio_steps
+    base, ratio = paper_reference(group.workload, row), group.ratio_steps
+    expected = row.steps / base.steps
     text = (
         f"{group.workload}: {group.method} takes {ratio.value:.3f} of the reference's steps, "
-        f"the paper's K-FAC-{kind} {expected:.3f}"
+        f"the paper's K-FAC-{row.kind} {expected:.3f}"
     )
     if ratio.low is None or ratio.high is None:
         return f"{text} (no interval: fewer than two repetitions on a side)"
@@ -200,13 +218,34 @@ def _paper_note(group: Group) -> str:
     return f"{text}, {side} the 95 % interval [{ratio.low:.3f}, {ratio.high:.3f}]"
 
 
-def summarize(runs: Sequence[Run], reference: str | None = None, *, paper: bool = True) -> Summary:
+def by_table(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs by workload and target; the name has the target where a workload has several."""
+    found: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    for run in runs:
+        found[run.workload, run.target.text if run.target else "no target known"].append(run)
+    names = [workload for workload, _ in found]
+    return {
+        workload if names.count(workload) == 1 else f"{workload} ({target})": found[
+            workload, target
+        ]
+        for workload, target in sorted(found)
+    }
+
+
+def summarize(
+    runs: Sequence[Run],
+    reference: str | None = None,
+    *,
+    paper: bool = True,
+    notes: Sequence[str] = (),
+) -> Summary:
     """Compare methods.
 
     Args:
         runs: from ``load_runs``.
         reference: name of the method that ratios are taken to; None for no ratios.
         paper: add the paper's rows on the workloads that the paper has.
+        notes: further warnings, e.g. what ``load`` passed over.
 
     Returns:
         Groups and warnings.
@@ -221,55 +260,77 @@ def summarize(runs: Sequence[Run], reference: str | None = None, *, paper: bool 
         raise CompareError(
             f"no method is called {reference!r}{hint}; these runs have: {', '.join(methods)}"
         )
-    bundled: dict[tuple[str, str], list[Run]] = defaultdict(list)
-    for run in runs:
-        bundled[run.workload, run.method].append(run)
-    warnings: list[str] = []
-    notes: list[str] = []
+    cautions: list[Caution] = []
+    paper_notes: list[str] = []
     groups: list[Group] = []
-    for workload in sorted({workload for workload, _ in bundled}):
+    for table, members in by_table(runs).items():
         own = [
-            _group(w, method, members) for (w, method), members in bundled.items() if w == workload
+            _group(table, method, [run for run in members if run.method == method])
+            for method in sorted({run.method for run in members})
         ]
         base = next((group for group in own if group.method == reference), None)
         if reference is not None and base is None:
-            warnings.append(f"{workload}: no run of the reference {reference!r}, so no ratios")
+            cautions.append(Caution(f"no run of the reference {reference!r}, so no ratios", table))
         elif base is not None and not base.reached:
-            warnings.append(
-                f"{workload}: the reference {reference!r} never reached the target, so no ratios"
+            cautions.append(
+                Caution(
+                    f"the reference {reference!r} never reached the target, so no ratios", table
+                )
             )
         own = [_with_ratios(group, base) for group in own]
         own.sort(key=lambda group: (not group.is_reference, group.method))
-        warnings += comparison_warnings(workload, {group.method: group.runs for group in own})
-        warnings += _censored(own)
+        cautions += comparison_warnings(table, {group.method: group.runs for group in own})
+        cautions += _censored(own)
         groups += own
-        if paper and workload in PAPER_ROWS:
-            rows = PAPER_ROWS[workload]
-            groups += [_paper_group(workload, row, rows[0]) for row in rows]
-            other = _other_targets(workload, own)
-            warnings += other
-            if not other:
-                notes += [note for note in map(_paper_note, own) if note]
-    return Summary(reference, tuple(groups), tuple(warnings), tuple(notes))
+        workload = own[0].workload
+        rows = paper_rows(workload, [group.method for group in own]) if paper else []
+        if rows and _is_papers(own[0]):
+            groups += [_paper_group(own[0], row, paper_reference(workload, row)) for row in rows]
+            paper_notes += [note for note in map(_paper_note, own) if note]
+        elif rows and own[0].target is not None:
+            cautions.append(Caution("the paper's rows are for another target", table))
+    cautions += _several_targets(groups)
+    return Summary(
+        reference,
+        tuple(groups),
+        (*notes, *grouped(cautions)),
+        tuple(map(str, cautions)),
+        tuple(paper_notes),
+    )
 
 
-def _other_targets(workload: str, groups: Iterable[Group]) -> list[str]:
-    """Say where runs had another target than the paper's, so that its figures do not apply."""
-    paper = builtin_target(workload)
-    targets = {run.target.validation for group in groups for run in group.runs if run.target}
-    if paper is None or all(math.isclose(value, paper.validation) for value in targets):
-        return []
+def _is_papers(group: Group) -> bool:
+    paper = builtin_target(group.workload)
+    return (
+        paper is not None
+        and group.target is not None
+        and group.target.metric == paper.metric
+        and math.isclose(group.target.validation, paper.validation)
+    )
+
+
+def _several_targets(groups: Iterable[Group]) -> list[Caution]:
+    """Say where a workload's runs are in several tables."""
+    tables: dict[str, list[str]] = defaultdict(list)
+    for group in groups:
+        if group.table not in tables[group.workload]:
+            tables[group.workload].append(group.table)
+    kind = "targets differ, so there is a table for each"
     return [
-        f"{workload}: the paper's rows are for {paper.column} {paper.sign} {paper.validation:.6g}, "
-        "not for the target of these runs"
+        Caution(kind, workload, "; ".join(names))
+        for workload, names in tables.items()
+        if len(names) > 1
     ]
 
 
-def _censored(groups: Iterable[Group]) -> list[str]:
+def _censored(groups: Iterable[Group]) -> list[Caution]:
     """Say where a mean leaves out repetitions that missed."""
     return [
-        f"{group.workload}: the mean of {group.method} is over the {group.seconds.n} of "
-        f"{group.seconds.total} repetitions that reached the target; misses are not in it"
+        Caution(
+            "means are over the repetitions that reached the target; misses are not in them",
+            f"{group.table}: {group.method}",
+            f"{group.seconds.n} of {group.seconds.total}",
+        )
         for group in groups
         if 0 < group.seconds.n < group.seconds.total
     ]

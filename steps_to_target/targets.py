@@ -3,20 +3,23 @@
 A run's own meta data come first (AlgoPerf writes ``workload.target_metric_name``,
 ``workload.validation_target_value`` and ``workload.test_target_value`` into
 ``meta_data_0.json``). The table below stands in where they are missing. Its values are those of
-AlgoPerf 2c90454f (September 2025).
+AlgoPerf 2c90454f (September 2025), and for ``finewebedu_lm`` those that runs of 2026 logged.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
+
+import pandas as pd
 
 from steps_to_target.errors import CompareError
 
 # workload -> (metric, validation target, test target). A workload's variants share its metric.
-_WORKLOADS: dict[str, tuple[str, float, float]] = {
+_WORKLOADS: dict[str, tuple[str, float, float | None]] = {
     "cifar": ("accuracy", 0.85, 0.85),
     "criteo1tb": ("loss", 0.123735, 0.126041),
     "criteo1tb_test": ("loss", 0.123735, 0.126041),
@@ -27,6 +30,7 @@ _WORKLOADS: dict[str, tuple[str, float, float]] = {
     "fastmri_model_size": ("ssim", 0.723559, 0.740726),
     "fastmri_tanh": ("ssim", 0.717840, 0.734505),
     "fastmri_layernorm": ("ssim", 0.723284, 0.739996),
+    "finewebedu_lm": ("ppl", 22.2995, None),
     "imagenet_resnet": ("accuracy", 0.77431, 0.6560),
     "imagenet_resnet_silu": ("accuracy", 0.75445, 0.6323),
     "imagenet_resnet_gelu": ("accuracy", 0.76765, 0.6519),
@@ -54,8 +58,26 @@ _WORKLOADS: dict[str, tuple[str, float, float]] = {
     "wmt_glu_tanh": ("bleu", 29.5779, 29.0515),
 }
 
-_LOWER_IS_BETTER = ("loss", "error", "wer", "cer", "perplexity", "mse", "mae", "rmse", "cost")
-_LOWER_EXACT = ("wer", "cer", "mse", "mae", "rmse")
+# Directions by a metric's last word: "ctc_loss" falls as "loss" does.
+_FALLS = {
+    "bpb", "bpc", "bpd", "cer", "cost", "entropy", "err", "error", "fid", "loss", "mae", "mape",
+    "mse", "nll", "perplexity", "ppl", "rmse", "wer",
+}  # fmt: skip
+_RISES = {
+    "acc", "accuracy", "ap", "auc", "auprc", "auroc", "bleu", "dice", "f1", "iou", "map",
+    "precision", "psnr", "r2", "recall", "ssim",
+}  # fmt: skip
+# Names that their last word alone does not decide.
+_WHOLE = {
+    "error_rate": True,
+    "character_error_rate": True,
+    "word_error_rate": True,
+    "negative_log_likelihood": True,
+    "log_likelihood": False,
+    "reciprocal_rank": False,
+    "mean_reciprocal_rank": False,
+}
+_TURNED = frozenset(["neg", "negative", "minus", "inverse", "inv", "anti", "non"])
 
 
 @dataclass(frozen=True)
@@ -83,20 +105,36 @@ class Target:
         """``<=`` or ``>=``, for messages."""
         return "<=" if self.lower_is_better else ">="
 
-    def met(self, value: float, target: float | None) -> bool:
-        """Whether ``value`` meets ``target``: a tie does, as in AlgoPerf's scoring; NaN never."""
+    @property
+    def text(self) -> str:
+        """``validation/wer <= 0.0859``: what has to be met."""
+        return f"{self.column} {self.sign} {self.validation:.10g}"
+
+    @property
+    def key(self) -> tuple[str, float, bool]:
+        """What two runs must share for their steps to be comparable."""
+        return self.metric, self.validation, self.lower_is_better
+
+    def met(self, values: pd.Series, target: float | None) -> pd.Series:
+        """Which values meet a target: a tie does, as in AlgoPerf's scoring; NaN never."""
         if target is None:
-            return False
-        return value <= target if self.lower_is_better else value >= target
+            return pd.Series(False, index=values.index)
+        return values <= target if self.lower_is_better else values >= target
 
 
-def lower_is_better(metric: str) -> bool:
-    """Direction of a metric by its name: losses and error rates fall, everything else rises."""
-    name = metric.lower()
-    parts = name.replace("-", "_").split("_")
-    return any(word in parts for word in _LOWER_EXACT) or any(
-        word in name for word in _LOWER_IS_BETTER if word not in _LOWER_EXACT
-    )
+def lower_is_better(metric: str) -> bool | None:
+    """Direction of a metric by its name; None for a name that does not say it."""
+    name = re.sub(r"[^a-z0-9]+", "_", metric.lower()).strip("_")
+    if name in _WHOLE:
+        return _WHOLE[name]
+    words = name.split("_")
+    if _TURNED.intersection(words):
+        return None
+    if words[-1] in _FALLS:
+        return True
+    if words[-1] in _RISES:
+        return False
+    return None
 
 
 def builtin_target(workload: str) -> Target | None:
@@ -105,7 +143,7 @@ def builtin_target(workload: str) -> Target | None:
     if entry is None:
         return None
     metric, validation, test = entry
-    return Target(metric, validation, test, lower_is_better(metric), "AlgoPerf 2c90454f")
+    return Target(metric, validation, test, bool(lower_is_better(metric)), "AlgoPerf 2c90454f")
 
 
 def _number(value: Any) -> float | None:
@@ -118,9 +156,18 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
+@dataclass(frozen=True)
+class Override:
+    """A target from the command line; ``lower_is_better`` None: the metric's name has to say it."""
+
+    metric: str
+    validation: float
+    lower_is_better: bool | None = None
+
+
 def run_target(
-    workload: str, meta: Mapping[str, Any], overrides: Mapping[str, Target] | None = None
-) -> Target | None:
+    workload: str, meta: Mapping[str, Any], overrides: Mapping[str, Override] | None = None
+) -> tuple[Target | None, str]:
     """The target of one run: an override, else its meta data, else the built-in table.
 
     Args:
@@ -129,41 +176,77 @@ def run_target(
         overrides: targets by workload, e.g. from ``--target``.
 
     Returns:
-        The target, or None when neither the meta data nor the table know one.
+        The target and, where there is none although a metric is named, what is missing. A metric
+        whose direction its name does not tell has no target: which way it goes is not guessed.
     """
-    if overrides and workload in overrides:
-        return overrides[workload]
     known = builtin_target(workload)
+    override = (overrides or {}).get(workload)
+    if override is not None:
+        return _directed(
+            workload,
+            override.metric,
+            override.validation,
+            None,
+            override.lower_is_better,
+            "--target",
+        )
     metric = meta.get("workload.target_metric_name")
     if not isinstance(metric, str) or not metric:
         metric = known.metric if known else None
     validation = _number(meta.get("workload.validation_target_value"))
     if metric is None:
-        return None
+        return None, ""
     if validation is None:
-        return known if known and known.metric == metric else None
+        return (known, "") if known and known.metric == metric else (None, "")
     test = _number(meta.get("workload.test_target_value"))
-    target = Target(metric, validation, test, lower_is_better(metric), "the run's meta data")
     if test is None and known and known.metric == metric:
-        return replace(target, test=known.test)
-    return target
+        test = known.test
+    return _directed(workload, metric, validation, test, None, "the run's meta data")
 
 
-def parse_override(text: str) -> tuple[str, Target]:
-    """Read ``WORKLOAD:METRIC=VALUE`` from the command line.
+def _directed(
+    workload: str,
+    metric: str,
+    validation: float,
+    test: float | None,
+    lower: bool | None,
+    source: str,
+) -> tuple[Target | None, str]:
+    lower = lower_is_better(metric) if lower is None else lower
+    if lower is None:
+        return None, (
+            f"whether {metric} has to fall or to rise is not known: say it with "
+            f"--target '{workload}:{metric}<={validation:g}' (or >=)"
+        )
+    return Target(metric, validation, test, lower, source), ""
+
+
+_OVERRIDE = re.compile(r"(?P<workload>[^:<>=]+):(?P<metric>[^<>=]+?)(?P<sign><=|>=|=)(?P<value>.+)")
+
+
+def parse_override(text: str) -> tuple[str, Override]:
+    """Read ``WORKLOAD:METRIC=VALUE``, or ``<=`` or ``>=`` in place of ``=``.
 
     Raises:
-        CompareError: the text has another form or the value is no finite number.
+        CompareError: the text has another form, the value is no finite number, or neither the sign
+            nor the metric's name says in which direction the target lies.
     """
-    name, _, value_text = text.partition("=")
-    workload, _, metric = name.partition(":")
+    match = _OVERRIDE.fullmatch(text)
     try:
-        value = float(value_text)
+        value = float(match["value"]) if match else math.nan
     except ValueError:
         value = math.nan
-    if not workload or not metric or not math.isfinite(value):
+    if match is None or not math.isfinite(value):
         raise CompareError(
             f"--target {text!r}: expected WORKLOAD:METRIC=NUMBER, for example "
-            "ogbg:mean_average_precision=0.28098"
+            "ogbg:mean_average_precision=0.28098 (or >= or <= in place of =)"
         )
-    return workload, Target(metric, value, None, lower_is_better(metric), "--target")
+    workload, metric = match["workload"], match["metric"]
+    known = lower_is_better(metric)
+    lower = {"<=": True, ">=": False}.get(match["sign"], known)
+    if known is not None and lower is not known:
+        raise CompareError(f"--target {text!r}: {metric} has to {'fall' if known else 'rise'}")
+    _, missing = _directed(workload, metric, value, None, lower, "--target")
+    if missing:
+        raise CompareError(f"--target {text!r}: {missing}")
+    return workload, Override(metric, value, lower)

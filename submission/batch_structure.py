@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from .algoperf_compat import spec
 from .kfac import Bernoulli, Categorical, Gaussian, Likelihood, RaggedBatch, Segments
-from .kfac.partition import unwrap
-from .kfac.sharing import SharingRule
+from .kfac.discovery import unwrap
+from .kfac.operations.sharing import SharingRule
 from .padding import Forward, padded_rows, paddings_in
 
 GRAPH_FIELDS = ("nodes", "edges", "senders", "receivers", "n_node", "n_edge")

@@ -16,9 +16,12 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from .kfac import KFACConfig
+from .kfac.blocks.diagonal import NORM_ROWS
+from .kfac.blocks.kronecker import BIASES
 from .kfac.config import FALLBACKS, FISHER_TYPES, KFAC_APPROXES, SMALLEST_DAMPING
-from .kfac.damping import DAMPING_KINDS
-from .kfac.factors import PRECISIONS, RAGGED_SCALINGS
+from .kfac.linalg.damping import DAMPING_KINDS
+from .kfac.linalg.kfac import RAGGED_SCALINGS
+from .kfac.linalg.precision import PRECISIONS
 from .optimizers import UPDATE_RULES
 from .schedules import SCHEDULES
 
@@ -113,7 +116,8 @@ class Hyperparameters:
     factor_update_steps: int = _tunable(10, at_least=1)
     inverse_update_steps: int = _tunable(10, at_least=1)
     early_updates: bool = _tunable(True)
-    joint_bias: bool = _tunable(True)
+    bias: str = _tunable("joint", choices=tuple(BIASES))
+    norm_rows: str = _tunable("examples", choices=tuple(NORM_ROWS))
     ragged_scaling: str = _tunable("sqrt", choices=tuple(RAGGED_SCALINGS))
     factor_precision: str = _tunable("float32", choices=tuple(PRECISIONS))
     max_factor_side: int = _tunable(8192, at_least=1)

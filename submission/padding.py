@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .kfac.partition import unwrap
-from .kfac.sharing import Positions, SharingRule
+from .kfac.discovery import unwrap
+from .kfac.operations.sharing import Positions, SharingRule
 
 logger = logging.getLogger(__name__)
 

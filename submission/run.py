@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .hyperparameters import Hyperparameters
-from .kfac import KFAC
-from .kfac.distributed import rank, world_size
-from .kfac.partition import unwrap
+from .kfac import Preconditioner
+from .kfac.discovery import unwrap
+from .kfac.ranks.collectives import rank, world_size
 from .schedules import schedule_shape
 from .training_log import TrainingLog
 
@@ -130,7 +130,7 @@ class Run:
     def after_step(
         self,
         workload: Any,
-        kfac: KFAC | None,
+        kfac: Preconditioner | None,
         eval_results: Sequence[tuple[int, Mapping[str, float]]],
         global_step: int,
         values: Mapping[str, Any],

@@ -36,9 +36,9 @@ from .batch_structure import (
     targets_of,
 )
 from .hyperparameters import Hyperparameters
-from .kfac import KFAC, Likelihood
-from .kfac.distributed import world_size
+from .kfac import Likelihood, Preconditioner
 from .kfac.functional import kept_buffers
+from .kfac.ranks.collectives import world_size
 from .optimizers import UPDATE_RULES
 from .run import Run
 from .schedules import SCHEDULES
@@ -102,7 +102,7 @@ def init_optimizer_state(
         if config.fisher_type == "empirical" and not has_labels(workload.loss_type):
             logger.warning("K-FAC: labels are sampled, since the loss has none for single frames")
             config = replace(config, fisher_type="mc")
-        state["kfac"] = KFAC(model_params, config)
+        state["kfac"] = Preconditioner(model_params, config)
     return state
 
 

@@ -30,10 +30,10 @@ from rich.console import Console
 from rich.table import Table
 
 from submission.kfac import KFACConfig
-from submission.kfac.partition import partition
+from submission.kfac.discovery import structure_from, trainable_parameters
 from submission.kfac.report import ReportRow, report_rows
 from submission.submission import get_batch_size
-from workloads_overrides.model_record import RECORD, skeleton
+from workloads_overrides.model_record import RECORD, skeleton, uses_of
 
 GIB = 2**30
 DEVICE_MEMORY = 16 * GIB  # V100, as in AlgoPerf's benchmark hardware
@@ -90,13 +90,11 @@ def memory_of(workload: str, settings: KFACConfig) -> Memory:
         KeyError: it is not in the record.
     """
     record = json.loads(RECORD.read_text())[workload]
-    parts = partition(
-        skeleton(record["modules"]),
-        approx=settings.kfac_approx,
-        joint_bias=settings.joint_bias,
-        max_factor_side=settings.max_factor_side,
+    model = skeleton(record["modules"])
+    structure = structure_from(
+        uses_of(model), {}, trainable_parameters(model), settings, settings.kfac_approx
     )
-    rows = tuple(report_rows(parts, settings.fallback, {}))
+    rows = tuple(report_rows(structure, settings))
     parameters = sum(row.parameters for row in rows)
     per_gpu = max(1, get_batch_size(workload) // GPUS)
     activations = record["saved_bytes"] * per_gpu // record["measured_batch"]

@@ -44,6 +44,11 @@ def import_runner() -> ModuleType:
     return _import("submission_runner")
 
 
+def import_package() -> ModuleType:
+    """Imports the package `algoperf`."""
+    return _import("algoperf")
+
+
 def import_registry() -> ModuleType:
     """Imports AlgoPerf's registry of workloads."""
     return _import("algoperf.workloads.workloads")

@@ -3,37 +3,41 @@
     python -m workloads_overrides.launch [options] [--] FLAGS OF THE SUBMISSION RUNNER
 
 The runner itself, the workloads and the submission stay as they are: properties of the workload,
-the batch size and, where there is no GPU, assumptions about CUDA are replaced in memory. Under
-torchrun every process does the same; on a CPU they talk over gloo.
+the batch size and, where there is no GPU, assumptions about CUDA are replaced in memory. With
+NPROC above 1 torchrun starts that many processes, which all do the same; on a CPU they talk over
+gloo.
 """
 
 import argparse
+import contextlib
+import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from workloads_overrides import (
-    cpu,
     installation,
     outcome,
+    processes,
+    records,
     registration,
     runner_flags,
     saved,
     search,
 )
 from workloads_overrides.budgets import paper_budget
+from workloads_overrides.data_folders import require_data
 from workloads_overrides.errors import LaunchError
 from workloads_overrides.miniature.manifest import read_properties
 from workloads_overrides.properties import Value, override_properties, parse_settings
 from workloads_overrides.runner_flags import RunnerFlags
 
 EXAMPLE = """example:
-  torchrun --standalone --nproc_per_node=4 -m workloads_overrides.launch --paper-budget -- \\
+  NPROC=4 ./run.sh algoperf --paper-budget -- \\
       --workload=ogbg --data_dir=DATA/ogbg --experiment_name=kfac_reduce \\
       --tuning_search_space=workloads_overrides/paper/ogbg/kfac_reduce.json
 
@@ -57,6 +61,7 @@ class Plan:
         flags: The complete flags of the runner.
         on_cpu: Whether CUDA is to be stood in for.
         world_size: Number of processes.
+        mask: CUDA_VISIBLE_DEVICES to set, None to leave it.
     """
 
     workload: str
@@ -66,6 +71,7 @@ class Plan:
     flags: RunnerFlags
     on_cpu: bool
     world_size: int
+    mask: str | None = None
 
     def describe(self) -> str:
         """The effective settings and the runner's command, to be read by a person."""
@@ -75,6 +81,8 @@ class Plan:
             f"processes   {self.world_size} on {device}",
             f"batch size  {self.batch_size or 'as the submission says'}",
         ]
+        if self.mask is not None:
+            lines.append(f"GPUs        {processes.MASK}={self.mask}, one for each process")
         lines += [
             f"property    {name} = {value!r}  ({self.sources[name]})"
             for name, value in self.overrides.items()
@@ -159,16 +167,54 @@ def make_plan(options: argparse.Namespace, runner_argv: Sequence[str]) -> Plan:
         sources={name: source for source, layer in layers for name in layer},
         batch_size=options.batch_size,
         flags=flags,
-        on_cpu=not torch.cuda.is_available(),
-        world_size=_world_size(),
+        on_cpu=not _has_gpu(),
+        **_processes(),
     )
 
 
-def _world_size() -> int:
-    text = os.environ.get("WORLD_SIZE", "1")
+def _has_gpu() -> bool:
+    import torch  # not with the others: --help needs no packages
+
+    return torch.cuda.is_available()
+
+
+def _processes() -> dict[str, Any]:
+    """Number of processes and the GPUs that they are to see.
+
+    Raises:
+        LaunchError: There are more processes than GPUs, or under torchrun not as many.
+    """
+    import torch
+
+    visible = torch.cuda.device_count()
+    if not processes.under_torchrun():
+        count = processes.read_nproc(os.environ)
+        return {
+            "world_size": count,
+            "mask": processes.matching_mask(count, visible, os.environ),
+        }
+    text = os.environ["WORLD_SIZE"]
     if not text.isdecimal() or not 1 <= len(text) <= 6 or int(text) < 1:
         raise LaunchError(f"WORLD_SIZE={text[:20]} is no number of processes (torchrun sets it)")
-    return int(text)
+    processes.require_match(int(os.environ.get("LOCAL_WORLD_SIZE", text)), visible)
+    return {"world_size": int(text)}
+
+
+def start_processes(plan: Plan, argv: Sequence[str]) -> None:
+    """Puts torchrun, or this program with fewer GPUs to see, in the place of this process.
+
+    Does nothing where this process can train as it is.
+    """
+    module = ["-m", "workloads_overrides.launch", *argv]
+    if processes.under_torchrun() or (plan.world_size == 1 and plan.mask is None):
+        return
+    if plan.world_size > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone"]
+        module = [*torchrun, f"--nproc_per_node={plan.world_size}", *module]
+    environment = dict(os.environ)
+    if plan.mask is not None:
+        environment[processes.MASK] = plan.mask
+    os.execve(sys.executable, [sys.executable, *module], environment)
 
 
 def run(plan: Plan) -> None:
@@ -176,10 +222,13 @@ def run(plan: Plan) -> None:
 
     Raises:
         LaunchError: AlgoPerf or the workload cannot be imported, an override does not fit the
-            workload, a run to go on with has other hyperparameters, or the run ended without a
-            single evaluation.
+            workload, data is missing, a run to go on with has other hyperparameters, or the run
+            ended without a single evaluation.
     """
     installation.require_algoperf()
+    from workloads_overrides import cpu
+
+    require_data(plan.workload, plan.flags)
     if plan.on_cpu:
         cpu.apply_all(cpu.torch_replacements(plan.world_size))
     runner = installation.import_runner()
@@ -191,30 +240,84 @@ def run(plan: Plan) -> None:
     if plan.on_cpu:
         cpu.apply_all(cpu.algoperf_replacements(data_utils))
     trials = runner_flags.trial_folders(plan.flags)
-    if trials is not None and plan.flags.is_on("resume_last_run") and _is_first_process():
-        for note in saved.set_damaged_aside(trials):
-            print(f"note: {note}", file=sys.stderr)
     search.register_search(halton, trials, Path(str(plan.flags.value("submission_path"))))
+    numbers = _trial_numbers(plan, halton)
+    package = Path(str(installation.import_package().__file__)).parent
+    records.register_records(runner.logger_utils, records.algoperf_commit(package))
     registration.register_properties(registry, plan.overrides)
     if plan.batch_size is not None:
         registration.register_batch_size(runner, registry, plan.batch_size)
+    flags = plan.flags
 
     def run_and_check(argv: list[str]) -> None:
         runner.main(argv)
-        if _is_first_process() and trials is not None and not plan.flags.is_on("skip_evals"):
+        if _is_first_process() and trials is not None and not flags.is_on("skip_evals"):
             outcome.require_evaluations(trials)
 
-    app.run(run_and_check, argv=["submission_runner", *plan.flags.argv])
+    with contextlib.ExitStack() as cleanup:
+        if trials is not None:
+            if flags.is_on("overwrite"):
+                # AlgoPerf would delete the folder with the locks in it.
+                flags = flags.replaced("overwrite", "false").with_default("resume_last_run")
+            elif not trials.exists():
+                # The folder is made for its lock, and AlgoPerf would ask what to do with it.
+                flags = flags.replaced("resume_last_run", "true")
+            if _is_first_process():
+                cleanup.enter_context(_only_writer(trials, numbers, plan.flags))
+        app.run(run_and_check, argv=["submission_runner", *flags.argv])
+
+
+def _trial_numbers(plan: Plan, halton: Any) -> list[int]:
+    """The trials that this process will train, counted from 1.
+
+    Raises:
+        LaunchError: A point that is drawn from the search space is not valid.
+    """
+    flags = plan.flags
+    if flags.value("tuning_ruleset") == "self":
+        return [1]
+    space = json.loads(Path(str(flags.value("tuning_search_space"))).read_text(encoding="utf-8"))
+    points = halton.generate_search(space, int(flags.value("num_tuning_trials") or 1))
+    bounds = (flags.value(name) for name in ("hparam_start_index", "hparam_end_index"))
+    first, last = (None if bound is None else int(bound) for bound in bounds)
+    return list(range(1, len(points) + 1))[first:last]
+
+
+@contextlib.contextmanager
+def _only_writer(trials: Path, numbers: Sequence[int], flags: RunnerFlags) -> Iterator[None]:
+    """Keeps other processes out of the trials' folders, which are deleted first for --overwrite.
+
+    Raises:
+        LaunchError: Another process trains in one of them, or files of a run to go on with are
+            damaged beyond use.
+    """
+    from quickstart import locks
+
+    with contextlib.ExitStack() as held:
+        try:
+            if flags.is_on("overwrite") and trials.exists():
+                locks.delete(trials)
+            for number in numbers:
+                held.enter_context(locks.hold(trials / f"trial_{number}"))
+        except locks.RunInUseError as error:
+            raise LaunchError(str(error)) from error
+        except OSError as error:
+            raise LaunchError(f"cannot write into {trials}: {error.strerror or error}") from error
+        for note in saved.set_damaged_aside(trials):
+            print(f"note: {note}", file=sys.stderr)
+        yield
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    options, runner_argv = parse_options(sys.argv[1:] if argv is None else argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    options, runner_argv = parse_options(given)
     try:
         plan = make_plan(options, runner_argv)
         if _is_first_process():
             print(plan.describe(), flush=True)
         if not options.dry_run:
+            start_processes(plan, given)
             run(plan)
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -226,5 +329,10 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Entry point: runs the command line and leaves with its exit code."""
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    command()

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from submission.kfac.operations.record import Recording
+
 RECORD = Path(__file__).with_name("recorded_models.json")
 
 # Layer type -> the arguments that its parameters' shapes depend on.
@@ -91,6 +93,34 @@ def _module(kind: str, arguments: Mapping[str, Any]) -> nn.Module:
         **{key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()}
     )
     return made
+
+
+def uses_of(model: nn.Module) -> dict[Any, None]:
+    """What the modules of a skeleton do with their parameters: each is run on its own."""
+    recording = Recording(dict(model.named_parameters()))
+    with recording, torch.device("meta"):
+        for module in model.modules():
+            if type(module).__name__ in ARGUMENTS:
+                module(_input_of(module))
+    return dict.fromkeys(call.use for call in recording.calls)
+
+
+def _input_of(module: Any) -> Tensor:
+    """The smallest input that a module takes, and images that no kernel is larger than."""
+    dims = len(getattr(module, "kernel_size", ()))
+    if dims:
+        return torch.empty(1, module.in_channels, *(64,) * dims)
+    if isinstance(module, nn.Embedding):
+        return torch.zeros(1, 1, dtype=torch.int64)
+    if isinstance(module, nn.LSTM):
+        return torch.empty(1, 1, module.input_size)
+    if isinstance(module, nn.BatchNorm2d):
+        return torch.empty(2, module.num_features, 2, 2)
+    if isinstance(module, nn.GroupNorm):
+        return torch.empty(1, module.num_channels, 2)
+    if isinstance(module, nn.LayerNorm):
+        return torch.empty(1, *module.normalized_shape)
+    return torch.empty(1, module.in_features)
 
 
 def saved_bytes(model: nn.Module, run: Any) -> int:

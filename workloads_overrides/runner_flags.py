@@ -9,18 +9,22 @@ import contextlib
 import json
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from workloads_overrides.data_folders import how_to_get
 from workloads_overrides.errors import LaunchError
 from workloads_overrides.points import require_valid_points
 
 REQUIRED = ("workload", "data_dir", "experiment_name")
+ROOT = Path(__file__).resolve().parents[1]
+RUNS_VARIABLE = "KFAC_RUNS_DIR"  # the image sets it to the folder that outlives the container
 DEFAULTS = {
     "framework": "pytorch",
     "submission_path": "submission/submission.py",
-    "experiment_dir": "runs",
+    "experiment_dir": os.environ.get(RUNS_VARIABLE) or "runs",
 }
 DEFAULT_SEARCH_SPACE = "tuning_search_space.json"
 
@@ -94,13 +98,17 @@ def complete(argv: Sequence[str], working_directory: Path) -> RunnerFlags:
         flags = flags.with_default(name, value)
     if flags.value("tuning_ruleset") != "self":
         flags = flags.with_default("tuning_search_space", DEFAULT_SEARCH_SPACE)
+        flags = _located(flags, "tuning_search_space", working_directory)
     flags = _with_module_path(flags, working_directory)
     if flags.value("tuning_ruleset") != "self":
-        submission = working_directory / str(flags.value("submission_path"))
+        submission = _find(Path(str(flags.value("submission_path"))), working_directory)
         _check_search_space(Path(str(flags.value("tuning_search_space"))), submission)
     data_dir = Path(str(flags.value("data_dir"))).expanduser()
     if not os.path.isdir(data_dir):  # Path.is_dir raises for names that are too long
-        raise LaunchError(f"--data_dir={data_dir}: no such folder; give the data set's folder")
+        workload = str(flags.value("workload"))
+        known = workload.startswith(("ogbg", "imagenet"))
+        rest = how_to_get(workload, data_dir) if known else "give the data set's folder"
+        raise LaunchError(f"--data_dir={data_dir}: no such folder; {rest}")
     if str(flags.value("workload")).startswith("imagenet"):
         flags = flags.with_default("imagenet_v2_data_dir", str(_beside(data_dir)))
     if not flags.is_on("overwrite"):
@@ -114,7 +122,7 @@ def _beside(data_dir: Path) -> Path:
             return folder
     raise LaunchError(
         f"no folder imagenet_v2 (the test split) in {data_dir} or beside it; name the folder that "
-        "holds it with --imagenet_v2_data_dir"
+        f"holds it with --imagenet_v2_data_dir, or {how_to_get('imagenet', data_dir)}"
     )
 
 
@@ -134,22 +142,43 @@ def _split(token: str) -> tuple[str | None, str, str]:
     return key, equals, value
 
 
+def _find(path: Path, working_directory: Path) -> Path:
+    """A file in the current folder or, for one that is not there, in this project's."""
+    here, project = working_directory / path, ROOT / path
+    return project if project.is_file() and not here.is_file() else here
+
+
+def _located(flags: RunnerFlags, name: str, working_directory: Path) -> RunnerFlags:
+    """Lets a file of this project be named from any folder."""
+    given = Path(str(flags.value(name)))
+    found = _find(given, working_directory)
+    return flags if found == working_directory / given else flags.replaced(name, str(found))
+
+
 def _with_module_path(flags: RunnerFlags, working_directory: Path) -> RunnerFlags:
-    """AlgoPerf turns the path into a dotted module name: it has to be relative."""
+    """AlgoPerf turns the path into a dotted module name: it has to be relative.
+
+    Modules are found in the current folder and, as ./run.sh puts it on Python's path, in this
+    project's.
+    """
     given = Path(str(flags.value("submission_path")))
-    absolute = working_directory / given
+    absolute = _find(given, working_directory)
     if absolute.suffix != ".py" or not absolute.is_file():
         raise LaunchError(
-            f"--submission_path={given}: no such Python file in {working_directory}; "
-            "run from the repository's folder with --submission_path=submission/submission.py"
+            f"--submission_path={given}: no such Python file in {working_directory}, nor in the "
+            "project's folder"
         )
-    try:
-        relative = absolute.resolve().relative_to(working_directory.resolve())
-    except ValueError:
+    for folder in (working_directory.resolve(), ROOT):
+        if absolute.resolve().is_relative_to(folder):
+            if str(folder) not in sys.path:
+                sys.path.append(str(folder))
+            relative = absolute.resolve().relative_to(folder)
+            break
+    else:
         raise LaunchError(
             f"--submission_path={given}: AlgoPerf needs a path inside the current folder, "
             f"{working_directory}"
-        ) from None
+        )
     if str(relative) == str(given):
         return flags
     return flags.replaced("submission_path", relative.as_posix())

@@ -33,8 +33,8 @@ REFUSED = {
 }
 EXAMPLE = """example:
   NPROC=4 ./run.sh slurm --studies 3 --partition gpu --time 24:00:00 -- --paper-budget -- \\
-      --workload=ogbg --data_dir=DATA/ogbg --experiment_dir=runs --experiment_name=kfac_reduce \\
-      --tuning_search_space=workloads_overrides/paper/ogbg/kfac_reduce.json --num_tuning_trials=5
+      --workload=ogbg --data_dir=DATA/ogbg --experiment_dir=runs --experiment_name=search_reduce \\
+      --tuning_search_space=workloads_overrides/paper/ogbg/search_reduce.json --num_tuning_trials=5
 
 NPROC is the number of processes and GPUs of a trial. The whole environment goes into the jobs,
 WANDB_* included, and into no file. The project's folder, its environments, the data and the runs
@@ -159,12 +159,13 @@ def make_study(
     gpus = options.gpus
     if gpus is None:
         gpus = processes if options.runner == "algoperf" else 0
-    return Study(trials, folder, _parameters(options, name, processes, gpus))
+    return Study(trials, folder, job_parameters(options, name, processes, gpus))
 
 
-def _parameters(
+def job_parameters(
     options: argparse.Namespace, name: str, processes: int, gpus: int
 ) -> dict[str, Any]:
+    """What submitit is told about a job, out of the options of the command line."""
     parameters = {
         "name": re.sub(r"[^\w.-]", "_", name),
         "nodes": 1,
@@ -394,5 +395,10 @@ def _pair(text: str) -> tuple[str, str | bool]:
     return key, value if equals else True
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Entry point: runs the command line and leaves with its exit code."""
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    command()

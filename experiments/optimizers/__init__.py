@@ -7,6 +7,6 @@ Runs write logs, a run with a log is not done again, and several processes may s
 SOAP, Muon and Shampoo need the packages of requirements/experiments.txt.
 """
 
-from experiments.optimizers.command import PAPER, SMALL, add_flags, draw, run, tables
+from experiments.optimizers.command import PAPER, PAPER_SIZE, SMALL, add_flags, draw, run, tables
 
-__all__ = ["PAPER", "SMALL", "add_flags", "draw", "run", "tables"]
+__all__ = ["PAPER", "PAPER_SIZE", "SMALL", "add_flags", "draw", "run", "tables"]

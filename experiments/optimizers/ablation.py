@@ -40,7 +40,7 @@ _FACTORS: tuple[Setting, ...] = (
         ("inputs by R", {"ragged_scaling": "mean_sum"}),
         ("gradients by R", {"ragged_scaling": "sum_mean"}),
     )),
-    ("bias", (("joint", {"joint_bias": True}), ("apart", {"joint_bias": False}))),
+    ("bias", (("joint", {"bias": "joint"}), ("apart", {"bias": "separate"}))),
 )  # fmt: skip
 _INVERSES: tuple[Setting, ...] = (
     _MOVING_AVERAGE,

@@ -21,6 +21,7 @@ from experiments.tables import Table
 from quickstart.errors import QuickstartError
 
 SMALL = ["--small", "--tasks", "molecules", "--seeds", "2"]
+PAPER_SIZE = None  # not in the paper
 PAPER = """
 Not in the paper. All figures, with every point that was tried: [optimizers.md](optimizers.md).
 """

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from experiments.optimizers.tasks import Task
 from quickstart.errors import QuickstartError
 from submission.hyperparameters import Hyperparameters
-from submission.kfac import KFAC
+from submission.kfac import Preconditioner
 from submission.optimizers import UPDATE_RULES
 
 Point = Mapping[str, Any]
@@ -40,7 +40,7 @@ class Stepper:
     """What changes the parameters of a model: an optimizer, and K-FAC in front of it or not."""
 
     optimizer: Optimizer
-    kfac: KFAC | None = None
+    kfac: Preconditioner | None = None
     _peaks: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -79,7 +79,7 @@ def build_submission(model: nn.Module, task: Task, point: Point, seed: int) -> S
     settings = Hyperparameters.from_tuning_point(point)
     optimizer = UPDATE_RULES[settings.update_rule](model.parameters(), settings)
     config = settings.kfac_config(seed)
-    return Stepper(optimizer, None if config is None else KFAC(model, config))
+    return Stepper(optimizer, None if config is None else Preconditioner(model, config))
 
 
 def build_soap(model: nn.Module, task: Task, point: Point, seed: int) -> Stepper:

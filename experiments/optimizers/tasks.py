@@ -35,7 +35,7 @@ from quickstart.metrics import mean_average_precision
 from quickstart.models import GraphNetwork, ViT
 from submission.batch_structure import sharing_of
 from submission.kfac import Bernoulli, Categorical, Likelihood
-from submission.kfac.sharing import SharingRule
+from submission.kfac.operations.sharing import SharingRule
 
 Batch = Mapping[str, Any]
 NAMES = ("molecules", "vit", "wide_resnet", "gpt")

@@ -4,14 +4,14 @@ Source: Eschenhagen, Immer, Turner, Schneider, Hennig: "Kronecker-Factored Appro
 for Modern Neural Network Architectures", NeurIPS 2023, arXiv 2311.00636. Needs torch only.
 """
 
+from .blocks.public import Curvature, DiagonalCurvature, KroneckerFactors, UnitwiseCurvature
 from .config import KFACConfig
-from .curvature import Curvature, DiagonalCurvature, KroneckerFactors, UnitwiseCurvature
-from .eigenvalue_correction import EigenvalueCorrectedFactors
 from .failures import KFACError
+from .fisher.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from .functional import curvature, kronecker_factors
-from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
-from .preconditioner import KFAC
-from .sharing import Positions, RaggedBatch, Segments, SharingError
+from .operations.sharing import Positions, RaggedBatch, Segments, SharingError
+from .optimizer import KFAC
+from .preconditioner import Preconditioner
 
 __all__ = [
     "KFAC",
@@ -19,13 +19,13 @@ __all__ = [
     "Categorical",
     "Curvature",
     "DiagonalCurvature",
-    "EigenvalueCorrectedFactors",
     "Gaussian",
     "KFACConfig",
     "KFACError",
     "KroneckerFactors",
     "Likelihood",
     "Positions",
+    "Preconditioner",
     "RaggedBatch",
     "Segments",
     "SharingError",

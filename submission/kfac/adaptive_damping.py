@@ -14,13 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .blocks.block import Block, InverseSettings, statistics_dtype
+from .blocks.kronecker import EigenInverse
 from .config import SMALLEST_DAMPING
-from .curvature import factor_of, unitwise_blocks
-from .gradients import canonical
-from .inverses import Inverse, strength_of
-from .statistics import KroneckerPart, Part, Sums, UnitwisePart, statistics_dtype
+from .state import KFACState
 
 OMEGA = 19 / 20  # per step between two adaptations
 LARGEST_DAMPING = 1 / SMALLEST_DAMPING
@@ -28,65 +27,51 @@ LARGEST_DAMPING = 1 / SMALLEST_DAMPING
 
 @dataclass(frozen=True)
 class Trial:
-    """Gradients and parameters before a step: per part, in the canonical view."""
+    """Gradients and parameters before a step: name of a block -> in its canonical view."""
 
     gradients: dict[str, Tensor]
     values: dict[str, Tensor]
 
 
-def begin_trial(parts: Sequence[Part]) -> Trial:
-    """Remembers the plain gradients and the parameters of all parts that have gradients."""
+def begin_trial(blocks: Sequence[Block], parameters: Mapping[str, nn.Parameter]) -> Trial:
+    """Remembers the plain gradients and the parameters of all blocks that have gradients."""
     gradients, values = {}, {}
-    for part in parts:
-        gradient = canonical(part, [piece.grad for piece in part.slices])
+    for block in blocks:
+        gradient = block.read({name: p.grad for name, p in parameters.items()})
         if gradient is not None:
-            gradients[part.name] = gradient.clone()
-            values[part.name] = _values(part).clone()
+            gradients[block.name] = gradient.clone()
+            values[block.name] = _values(block, parameters).clone()
     return Trial(gradients, values)
 
 
 def predicted_change(
-    parts: Sequence[Part],
-    averages: Mapping[str, Sums],
-    inverses: Mapping[str, Inverse],
+    blocks: Sequence[Block],
+    state: KFACState,
     trial: Trial,
-    *,
-    damping: float,
-    relative: bool,
-) -> Tensor:
+    parameters: Mapping[str, nn.Parameter],
+    settings: InverseSettings,
+) -> float:
     """M(δ) for the difference δ between the present parameters and those of the trial.
 
-    λ stands beside F itself, however the factors are damped; with `relative` it is in units of the
-    mean eigenvalue of the part. F has the corrected eigenvalues where an inverse has them.
+    λ stands beside F itself, however the factors are damped; where it is relative, in units of the
+    mean eigenvalue of the block. F has the corrected eigenvalues where an inverse has them.
     """
     total = torch.zeros((), dtype=torch.float64)
-    for part in parts:
-        if part.name not in trial.gradients or part.name not in averages:
+    for block in blocks:
+        own = state.of(block)
+        if block.name not in trial.gradients or own.curvature is None:
             continue
-        step = (_values(part) - trial.values[part.name]).to(statistics_dtype(_values(part)))
-        change = (trial.gradients[part.name] * step).sum()
-        own, inverse = averages[part.name], inverses.get(part.name, {})
-        curvature = quadratic_form(part, own, inverse, step)
-        strength = strength_of(part, own, damping, relative).reshape(-1, *(1,) * (step.dim() - 1))
+        values = _values(block, parameters)
+        step = (values - trial.values[block.name]).to(statistics_dtype(values))
+        change = (trial.gradients[block.name] * step).sum()
+        if isinstance(own.inverse, EigenInverse) and own.inverse.corrected is not None:
+            curvature = (own.inverse.corrected * own.inverse.basis.into(step).square()).sum()
+        else:
+            curvature = own.curvature.quadratic_form(step)
+        strength = own.curvature.strength(settings).reshape(-1, *(1,) * (step.dim() - 1))
         change += 0.5 * (curvature + (strength * step.square()).sum())
         total = total.to(change.device) + change.double()
-    return total
-
-
-def quadratic_form(part: Part, averages: Sums, inverse: Inverse, step: Tensor) -> Tensor:
-    """δᵀ F δ of one part; `step` in the canonical view."""
-    if "corrected" in inverse:
-        rotated = inverse["B.eigenvectors"].mT @ step @ inverse["A.eigenvectors"]
-        return (inverse["corrected"] * rotated.square()).sum()
-    if isinstance(part, KroneckerPart):
-        a, b = factor_of(part, averages, "A"), factor_of(part, averages, "B")
-        left = b.values.unsqueeze(-1) * step if b.diagonal else b.dense() @ step
-        right = step * a.values.unsqueeze(-2) if a.diagonal else step @ a.dense()
-        return (left * right).sum()
-    f = averages["F"]
-    if isinstance(part, UnitwisePart) and f.shape[0] > 1:
-        return torch.einsum("iu,uij,ju->", step, unitwise_blocks(f), step)
-    return (f * step.square()).sum()
+    return float(total)
 
 
 def adapted_damping(damping: float, ratio: float, steps: int) -> float:
@@ -98,7 +83,7 @@ def adapted_damping(damping: float, ratio: float, steps: int) -> float:
     return damping
 
 
-def _values(part: Part) -> Tensor:
-    values = canonical(part, [piece.data for piece in part.slices])
+def _values(block: Block, parameters: Mapping[str, nn.Parameter]) -> Tensor:
+    values = block.read({name: p.detach() for name, p in parameters.items()})
     assert values is not None
     return values

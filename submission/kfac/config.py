@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .damping import DAMPING_KINDS
-from .factors import PRECISIONS, RAGGED_SCALINGS
-from .placements import PLACEMENTS
+from .blocks.diagonal import NORM_ROWS
+from .blocks.kronecker import BIASES
+from .linalg.damping import DAMPING_KINDS
+from .linalg.kfac import RAGGED_SCALINGS
+from .linalg.precision import PRECISIONS
+from .ranks.placement import PLACEMENTS
 
 KFAC_APPROXES = ("expand", "reduce", "auto")
 FISHER_TYPES = ("mc", "type-2", "empirical")
 DIRECTIONS = {
     "preconditioned": "the inverse of the damped curvature times the gradient",
-    "eigenbasis_adam": "Adam's update in the eigenbasis of the factors, see `eigenbasis_adam`",
+    "eigenbasis_adam": "Adam's update in the eigenbasis of the factors, see `linalg.eigenbasis`",
 }
 FALLBACKS = ("diagonal", "gradient")
 SMALLEST_DAMPING = 1e-30  # whose reciprocal is a float32
@@ -21,15 +24,15 @@ SMALLEST_DAMPING = 1e-30  # whose reciprocal is a float32
 
 @dataclass(frozen=True)
 class KFACConfig:
-    """Settings of `KFAC`.
+    """Settings of `Preconditioner`.
 
     Args:
         kfac_approx: "expand" (eq. 7), "reduce" (eq. 10, and eq. 55 for ragged rows), or "auto":
-            the one whose setting the first outputs show, see `setting`.
+            the one whose setting the first outputs show, see `fisher.setting`.
         fisher_type: "mc" (labels sampled from the model), "type-2" (exact GGN) or "empirical".
         mc_samples: label samples per factor update, for "mc".
         damping: added to the curvature as `damping_kind` says; at least SMALLEST_DAMPING.
-        damping_kind: see `damping.DAMPING_KINDS`.
+        damping_kind: see `linalg.damping.DAMPING_KINDS`.
         relative_damping: multiply damping by the mean eigenvalue of the layer's A ⊗ B.
         eigenvalue_correction: replace the eigenvalues of A ⊗ B by second moments in its
             eigenbasis (EKFAC); needs damping_kind "exact". Keeps all rows of a factor update in
@@ -42,18 +45,17 @@ class KFACConfig:
         factor_update_steps: steps between updates of the factors.
         inverse_update_steps: steps between updates of the inverses; a multiple of the former.
         early_updates: within the first interval also update at steps 1, 2, 4, 8, ...
-        joint_bias: treat weight and bias as one matrix; otherwise as two blocks.
-        ragged_scaling: see `factors.RAGGED_SCALINGS`.
-        factor_precision: see `factors.PRECISIONS`.
-        max_factor_side: larger sides keep only the diagonal of their factor; parameters outside
-            layers with more entries than the square of it keep a mean for each row.
-        exclude: names of modules whose layers (and those inside them) are not K-FAC layers.
-        fallback: what trains parameters outside K-FAC layers: "diagonal" (their own curvature:
-            unit-wise for normalisation layers, diagonal for others) or "gradient" (as it is).
-        inverse_placement: with several ranks, see `placements.PLACEMENTS`.
-        background_inverses: make inverses beside training, which goes on with the old ones, and
-            use them from the next step on; on a GPU on a stream of their own. Not where they are
-            shared out over ranks, with eigenvalue_correction, or another factor_precision.
+        bias: how the bias of a linear map is preconditioned, see `blocks.kronecker.BIASES`;
+            "output" needs a damping_kind that damps the factors.
+        norm_rows: what counts as one gradient of a scale or shift, see `blocks.diagonal.NORM_ROWS`.
+        ragged_scaling: see `linalg.kfac.RAGGED_SCALINGS`.
+        factor_precision: see `linalg.precision.PRECISIONS`.
+        max_factor_side: larger sides keep only the diagonal of their factor; other
+            parameters with more entries than the square of it keep a mean for each row.
+        exclude: names of modules whose parameters (and those inside them) get no factors.
+        fallback: what trains parameters without factors: "diagonal" (their own curvature: unit-wise
+            for scales and shifts, diagonal for others) or "gradient" (as it is).
+        inverse_placement: with several ranks, see `ranks.placement.PLACEMENTS`.
         max_failures: so many updates in a row may fail (non-finite or empty batches,
             factorisations that do not succeed) before training ends with an error.
         seed: of the label sampling.
@@ -73,14 +75,14 @@ class KFACConfig:
     factor_update_steps: int = 10
     inverse_update_steps: int = 10
     early_updates: bool = True
-    joint_bias: bool = True
+    bias: str = "joint"
+    norm_rows: str = "examples"
     ragged_scaling: str = "sqrt"
     factor_precision: str = "float32"
     max_factor_side: int = 8192
     exclude: tuple[str, ...] = ()
     fallback: str = "diagonal"
     inverse_placement: str = "exchanged"
-    background_inverses: bool = False
     max_failures: int = 100
     seed: int = 0
 
@@ -90,6 +92,12 @@ class KFACConfig:
         _check_choice("damping_kind", self.damping_kind, tuple(DAMPING_KINDS))
         _check_choice("ragged_scaling", self.ragged_scaling, tuple(RAGGED_SCALINGS))
         _check_choice("factor_precision", self.factor_precision, tuple(PRECISIONS))
+        _check_choice("bias", self.bias, tuple(BIASES))
+        _check_choice("norm_rows", self.norm_rows, tuple(NORM_ROWS))
+        if self.bias == "output" and self.damping_kind == "exact":
+            raise ValueError(
+                "bias 'output' needs the inverse of B by itself: damping_kind must not be 'exact'"
+            )
         _check_choice("fallback", self.fallback, FALLBACKS)
         _check_choice("direction", self.direction, tuple(DIRECTIONS))
         self._check_eigenbasis()

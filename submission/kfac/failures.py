@@ -6,7 +6,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .config import KFACConfig
 from .state import KFACState
 
 logger = logging.getLogger(__name__)
@@ -25,7 +24,7 @@ class Trouble:
 
 
 def account(
-    state: KFACState, troubles: Sequence[Trouble], *, updated: bool, config: KFACConfig
+    state: KFACState, troubles: Sequence[Trouble], *, updated: bool, max_failures: int
 ) -> None:
     """Counts the troubles of a step that has ended; an update with any is one failure in a row.
 
@@ -45,7 +44,7 @@ def account(
             "K-FAC step %d: %s; the previous ones stay in use", state.step - 1, trouble.message
         )
     state.failures_in_a_row += 1
-    if state.failures_in_a_row >= config.max_failures:
+    if state.failures_in_a_row >= max_failures:
         raise KFACError(
             f"{state.failures_in_a_row} K-FAC updates in a row failed, the last because "
             f"{troubles[-1].message}. Lower the learning rate or raise the damping (now "

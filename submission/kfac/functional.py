@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .accumulation import completed
-from .capture import Recording
-from .curvature import Curvature, KroneckerFactors, as_curvature, average_sums
-from .likelihoods import Likelihood, as_likelihood
-from .partition import Partition, demote_uncalled, partition, unwrap
-from .passes import fisher_passes
-from .recorder import check_names
-from .sampling import sampling_seed
-from .setting import detect_setting
-from .sharing import SharingRule
-from .statistics import KroneckerPart
+from .blocks.block import Collecting
+from .blocks.public import Curvature, KroneckerFactors
+from .blocks.structure import Structure
+from .config import KFACConfig
+from .discovery import found_in, structure_from, trainable_parameters, unwrap
+from .fisher.collect import Collection
+from .fisher.likelihoods import Likelihood, as_likelihood
+from .fisher.losses import LossTerms
+from .fisher.passes import fisher_passes
+from .fisher.sampling import sampling_seed
+from .fisher.setting import detect_setting
+from .operations.record import Recording
+from .operations.sharing import SharingRule, check_names
 
 
 def kronecker_factors(
@@ -36,9 +38,9 @@ def kronecker_factors(
     generator: torch.Generator | None = None,
     targets: Tensor | None = None,
     ragged_scaling: str = "sqrt",
-    joint_bias: bool = True,
+    bias: str = "joint",
 ) -> dict[str, KroneckerFactors]:
-    """A and B of every linear layer of a model on one batch.
+    """A and B of every linear map of a model on one batch.
 
     A ⊗ B estimates the layer's block of the GGN of the mean loss over its terms.
 
@@ -47,21 +49,25 @@ def kronecker_factors(
         inputs: a tensor or any single argument; a plain tuple or list is passed as several
             arguments, a dict as keyword arguments.
         likelihood: "categorical", "bernoulli", "gaussian" or a `Likelihood`.
-        kfac_approx: "expand", "reduce", or "auto" (see `setting`).
+        kfac_approx: "expand", "reduce", or "auto" (see `fisher.setting`).
         fisher_type: "mc", "type-2" (exact) or "empirical" (needs `targets`).
         mc_samples: label samples for "mc".
-        mask: which loss terms count, see `likelihoods`.
-        sharing: see `sharing.resolve`.
+        mask: which loss terms count, see `fisher.likelihoods`.
+        sharing: see `operations.sharing.resolve`.
         generator: of the label samples (and of the signs of "empirical" where BatchNorm mixes
-            the examples, see `passes`); by default one with a fixed seed, so repeated calls
+            the examples, see `fisher.passes`); by default one with a fixed seed, so repeated calls
             agree. Pass your own for independent draws.
         targets: true labels, where they are needed.
-        ragged_scaling: see `factors.RAGGED_SCALINGS`.
-        joint_bias: whether the bias is a column of the weight; otherwise it is a block of its own
-            (the last row and column of A are zero but for the corner).
+        ragged_scaling: see `linalg.kfac.RAGGED_SCALINGS`.
+        bias: see `blocks.kronecker.BIASES`; with "separate" the last row and column of A are zero
+            but for the corner.
 
     Returns:
-        Layer name -> factors.
+        Name of a block (the module's) -> factors.
+
+    Raises:
+        TypeError: the model's output is not a tensor.
+        RuntimeError: gradients cannot be computed, as under inference_mode.
     """
     everything = curvature(
         model,
@@ -75,7 +81,7 @@ def kronecker_factors(
         generator=generator,
         targets=targets,
         ragged_scaling=ragged_scaling,
-        joint_bias=joint_bias,
+        bias=bias,
         layers_only=True,
     )
     return {
@@ -96,59 +102,116 @@ def curvature(
     generator: torch.Generator | None = None,
     targets: Tensor | None = None,
     ragged_scaling: str = "sqrt",
-    joint_bias: bool = True,
+    bias: str = "joint",
     max_factor_side: int = 8192,
     layers_only: bool = False,
-    parts: Partition | None = None,
     share: float | None = None,
 ) -> dict[str, Curvature]:
     """Curvature of all trainable parameters; arguments as in `kronecker_factors`.
 
     Args:
         max_factor_side: larger sides keep only the diagonal of their factor.
-        layers_only: leave out everything but linear layers.
-        parts: of the (unwrapped) model, by `partition` with the same settings, for a caller that
-            has many batches; parameters that are in none of them are left out.
+        layers_only: leave out everything but linear maps.
         share: of this batch in a data set whose curvature is added up batch by batch. Then A is
             multiplied by it, and whatever comes from gradients is a sum over the terms.
 
     Returns:
-        Layer name -> `KroneckerFactors` or, for normalisation layers, `UnitwiseCurvature`;
-        parameter name -> `DiagonalCurvature` for parameters in no supported layer.
+        Name of a block -> `KroneckerFactors`; `UnitwiseCurvature` for scales and shifts;
+        `DiagonalCurvature` for other parameters.
     """
+    _, found = blocks_and_curvature(
+        model,
+        inputs,
+        likelihood=likelihood,
+        kfac_approx=kfac_approx,
+        fisher_type=fisher_type,
+        mc_samples=mc_samples,
+        mask=mask,
+        sharing=sharing,
+        generator=generator,
+        targets=targets,
+        ragged_scaling=ragged_scaling,
+        bias=bias,
+        max_factor_side=max_factor_side,
+        layers_only=layers_only,
+        share=share,
+    )
+    return found
+
+
+def blocks_and_curvature(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    likelihood: Likelihood | str,
+    kfac_approx: str,
+    fisher_type: str = "mc",
+    mc_samples: int = 1,
+    mask: Tensor | None = None,
+    sharing: SharingRule = None,
+    generator: torch.Generator | None = None,
+    targets: Tensor | None = None,
+    ragged_scaling: str = "sqrt",
+    bias: str = "joint",
+    max_factor_side: int = 8192,
+    layers_only: bool = False,
+    share: float | None = None,
+    own_gradients: bool = True,
+) -> tuple[Structure, dict[str, Curvature]]:
+    """The blocks of a model as well as their curvature; arguments as in `curvature`.
+
+    Args:
+        own_gradients: also of blocks that need gradients of the parameters themselves, which may
+            take a pass for each example.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("curvature needs gradients: call it outside of torch.inference_mode()")
     model = unwrap(model)
     likelihood = as_likelihood(likelihood)
-    if kfac_approx == "auto":
-        kfac_approx = _detected(model, inputs, likelihood, sharing)
-    parts = parts or partition(
-        model, approx=kfac_approx, joint_bias=joint_bias, max_factor_side=max_factor_side
+    config = KFACConfig(
+        kfac_approx=kfac_approx,
+        ragged_scaling=ragged_scaling,
+        bias=bias,
+        max_factor_side=max_factor_side,
     )
-    kept = [p for p in parts.parts if not layers_only or isinstance(p, KroneckerPart)]
+    parameters = trainable_parameters(model)
     # Buffers are put back after the Fisher passes: autograd checks that nothing has changed them.
     with _undisturbed(model), torch.enable_grad():
-        # Factors of few rows are formed last, divided already: their size is what they cost.
-        recording = Recording(model, kept, sharing, ragged_scaling, uses=0)
-        check_names(sharing, recording)
+        modules = [name for name, _ in model.named_modules()]
+        check_names(sharing, [*parameters, *modules])
+        recording = Recording(parameters)
         with recording:
             logits = _call(model, inputs)
-        recording.find_other_uses(logits)
-        uncalled = [name for name, count in recording.calls.items() if not count]
-        if uncalled:
-            parts = demote_uncalled(parts, uncalled, max_factor_side)
-            kept = [p for p in parts.parts if not layers_only or isinstance(p, KroneckerPart)]
-            recording.replace(kept)
+        found = found_in(recording, [LossTerms(logits, likelihood)], parameters, sharing)
+
+        def collection(approx: str) -> Collection:
+            structure = structure_from(*found, parameters, config, approx)
+            names = [
+                b.name
+                for b in structure.blocks
+                if (b.has_factors or not layers_only)
+                and (own_gradients or not b.needs_own_gradients)
+            ]
+            # Factors of few rows are formed last, divided already: their size is what they cost.
+            collecting = Collecting(torch.empty(0, device=logits.device), ragged_scaling, uses=0)
+            return Collection(recording, structure, names, parameters, collecting, sharing=sharing)
+
+        if kfac_approx == "auto":
+            examples = collection("expand").numbers_of_examples().values()
+            kfac_approx, _ = detect_setting(likelihood, logits, sharing, examples)
+        collected = collection(kfac_approx)
         if generator is None and fisher_type != "type-2":
             generator = torch.Generator(logits.device).manual_seed(sampling_seed(0, 0, 0))
         passes = fisher_passes(
             likelihood,
             logits,
-            model,
+            mixes_examples=recording.mixes_examples,
             fisher_type=fisher_type,
             mc_samples=mc_samples,
             mask=mask,
             targets=targets,
             generator=generator,
-            examples=recording.examples.values(),
+            examples=collected.numbers_of_examples().values(),
         )
         terms = likelihood.terms(logits.detach(), mask, targets).clamp(min=torch.finfo().tiny)
         # In float16 they would leave its range.
@@ -157,39 +220,20 @@ def curvature(
             if divided:
                 vector = fisher_pass.vector
                 fisher_pass = replace(fisher_pass, vector=vector / terms.to(vector.dtype).sqrt())
-            recording.fisher_pass(logits, fisher_pass)
-        recording.end_passes()
-    if recording.out_of_memory is not None:
+            collected.fisher_pass(logits, fisher_pass)
+    if collected.out_of_memory is not None:
         raise torch.OutOfMemoryError(
-            f"out of memory in {recording.out_of_memory}; pass fewer examples at a time"
+            f"out of memory in {collected.out_of_memory}; pass fewer examples at a time"
         )
-    sums = recording.sums
-    recording.release()
-    called = {part.name: part for part in parts.parts if part.name in sums}
-    return {
-        name: as_curvature(
-            part,
-            average_sums(
-                part,
-                completed(part, sums[name]),
-                None if divided or share is not None else terms,
-                1.0 if share is None else share,
-            ),
-        )
-        for name, part in called.items()
+    divisor = None if divided or share is not None else terms
+    scale = 1.0 if share is None else share
+    structure, found_sums = collected.structure, collected.finish()
+    blocks = structure.by_name
+    return structure, {
+        name: blocks[name].public(found_sums[name].curvature([divisor], scale))
+        for name in collected.names
+        if name in found_sums
     }
-
-
-def _detected(model: nn.Module, inputs: Any, likelihood: Likelihood, sharing: SharingRule) -> str:
-    """The setting that a forward pass shows."""
-    parts = partition(model, approx="expand", joint_bias=True, max_factor_side=1).parts
-    with _undisturbed(model), torch.enable_grad():
-        recording = Recording(model, parts, sharing)
-        with recording:
-            logits = _call(model, inputs)
-        approx, _ = detect_setting(likelihood, logits, sharing, recording.examples.values())
-        recording.release()
-    return approx
 
 
 def _call(model: nn.Module, inputs: Any) -> Tensor:

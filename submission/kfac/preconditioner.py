@@ -1,59 +1,64 @@
-"""KFAC: the object that a training loop holds.
+"""Preconditioner: when things happen in a step of K-FAC, and who owns the state.
 
-It owns all state (factors, inverses, counters, the label sampler) and orchestrates the pure parts
-of this package. One step of training:
-
-    with kfac.record():                      # hooks only on the steps that need factors
-        logits = model(x)
-    kfac.update(logits, likelihood="categorical")   # Fisher pass, on those steps
-    loss_fn(logits, y).backward()            # the ordinary gradient of the mean loss
-    kfac.precondition()                      # p.grad <- (curvature + damping)^-1 p.grad
+    with kfac.record():                              # sees operations, on steps that need factors
+        loss = F.cross_entropy(model(x), y)          # the loss inside: its likelihood is seen
+    loss.backward()                                  # the ordinary gradient of the mean loss
+    kfac.precondition()                              # p.grad <- (curvature + damping)^-1 p.grad
     optimizer.step()
 
-With fisher_type="empirical", `kfac.update(..., targets=y, loss=loss)` lets the statistics come from
-the loss's own backward pass, and no Fisher pass is made.
-
-With gradient accumulation, record, update and backward are repeated before one `precondition`.
+A loss that is not one of torch's, or is computed outside, is stated by `kfac.update(logits,
+likelihood)` between record() and the backward pass. With gradient accumulation, recording and
+backward pass are repeated before one `precondition`.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import distributed, updates
-from .accumulation import Accumulated
+from . import updates
 from .adaptive_damping import Trial, adapted_damping, begin_trial, predicted_change
-from .batches import Batch
-from .capture import Recording
+from .blocks.block import Block
+from .blocks.public import Curvature
+from .blocks.structure import Structure
 from .config import KFACConfig, check_damping
-from .curvature import Curvature, as_curvature
 from .failures import Trouble, account
-from .gradient_rules import make_state_batches, write_eigenbasis_steps, write_preconditioned
-from .likelihoods import Likelihood, as_likelihood
-from .model_parts import ModelParts
-from .old_inverses import OldInverses
-from .partition import unwrap
-from .recorder import is_compiled, record
-from .renewal import InverseRenewal
+from .fisher.likelihoods import Likelihood, as_likelihood
+from .fisher.losses import LossTerms, check_class_dim, terms_of
+from .fisher.step import Accumulated, FisherSettings, RecordedPass, StepStatistics
+from .operations.record import Recording
+from .operations.sharing import SharingRule, check_names
+from .ranks import collectives
 from .report import ReportRow, format_report, report_rows
-from .setting import detect_setting, warn_of_folded_positions
-from .sharing import SharingRule
+from .seen_model import SeenModel
 from .state import KFACState
-from .statistics import Part
-from .step_statistics import StepStatistics
 
 logger = logging.getLogger(__name__)
 
+NOT_RECORDED = (
+    "this step updates the factors, but its forward pass was not recorded: run it inside "
+    "`with {}.record():`"
+)
+NO_LOSS = (
+    "this step updates the factors, but no loss is known: compute it by one of torch's functions "
+    "(cross_entropy, binary_cross_entropy_with_logits, mse_loss, nll_loss) inside record(), or "
+    "state it after record() by update(logits, likelihood)"
+)
 
-class KFAC:
+
+class CompiledModelError(RuntimeError):
+    """The model that was recorded is compiled: its operations cannot be seen."""
+
+
+class Preconditioner:
     """Kronecker-factored preconditioner of a model's gradients.
 
     With `KFACConfig(direction="eigenbasis_adam")` it writes Adam's update in the eigenbasis of the
@@ -69,20 +74,20 @@ class KFAC:
 
     def __init__(self, model: nn.Module, config: KFACConfig | None = None) -> None:
         self.config = config or KFACConfig()
-        self._model = unwrap(model)
         approx = self.config.kfac_approx
         self._state = KFACState(self.config.damping, None if approx == "auto" else approx)
-        self._compiled = is_compiled(model)
-        self._parts = ModelParts(self._model, self.config)
-        self._parts.split(self._state.approx or "expand", None)
-        self._recordings: dict[str, Recording] = {}
-        self._sharing: SharingRule = None
-        self._device = next(self._model.parameters()).device
-        self._statistics = StepStatistics(self._model, self.config, self._device)
-        self._renewal = InverseRenewal(self.config)
-        self._lost: list[str] = []  # parts whose inverse could not be made, until it is reported
-        self._old_inverses = OldInverses()
-        self._batches: list[Batch] | None = None  # of the state's tensors; made anew when they are
+        self._seen = SeenModel(model, self.config, self._state)
+        self._device = next(iter(self.parameters.values())).device
+        self._statistics = StepStatistics(self._fisher_settings, self._device)
+        self._pass: RecordedPass | None = None  # the last recorded one, until it is taken over
+        self._states_losses = False  # whether losses are stated by `update`
+        self._was_recorded = False  # in this step
+        self._work: updates.Work | None = None  # made for the structure that it came from
+
+    @property
+    def _fisher_settings(self) -> FisherSettings:
+        config = self.config
+        return FisherSettings(config.fisher_type, config.mc_samples, config.seed)
 
     @property
     def step(self) -> int:
@@ -101,6 +106,20 @@ class KFAC:
         On a GPU the time to launch the work, since nothing waits for it.
         """
         return self._state.seconds
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> trainable parameter."""
+        return self._seen.parameters
+
+    @property
+    def structure(self) -> Structure:
+        """The blocks that the parameters are in; known after the first recorded pass."""
+        return self._seen.structure
+
+    def follow_parameters(self) -> None:
+        """Follows parameters that were replaced, added, frozen or unfrozen; `record` does it."""
+        self._seen.follow()
 
     # ---- what is due ------------------------------------------------------------------------
 
@@ -123,8 +142,8 @@ class KFAC:
         """
         return (
             self._due(self.config.factor_update_steps)
-            or bool(self._recordings)
-            or self._parts.is_outdated
+            or self._pass is not None
+            or self._seen.is_outdated
         )
 
     @property
@@ -140,11 +159,13 @@ class KFAC:
             early and self._state.step & (self._state.step - 1) == 0
         )
 
-    # ---- one step ---------------------------------------------------------------------------
+    # ---- one step: recording -------------------------------------------------------------------
 
     @contextmanager
     def record(self, sharing: SharingRule = None) -> Iterator[None]:
         """Records the forward pass inside, if this step updates the factors.
+
+        Losses of torch's that are computed inside are seen: then `update` is not needed.
 
         Args:
             sharing: how rows share weights where the first dimension does not count the examples
@@ -152,69 +173,38 @@ class KFAC:
 
         Raises:
             SharingError: it names a layer that there is not.
+            CompiledModelError: the model is compiled, and none of its operations was seen.
         """
-        self._end_loss_pass()
-        if self._statistics.waits_for_loss:
+        if self._pass is not None and self._pass.waits_for_loss:
             logger.warning(
-                "K-FAC: the statistics of a recorded pass are dropped: update was given its loss, "
-                "whose backward pass has not come (to its end) before the next record()"
+                "K-FAC: the statistics of a recorded pass are dropped: they were to come from the "
+                "backward pass of its loss, which has not come (to its end) before the next "
+                "record()"
             )
-        self._drop_recordings()
-        self._sharing = sharing
+            self._drop_pass()
+        self._end_pass()
         if not self.factors_due:
             yield
             return
-        if self._parts.is_outdated:
-            self._split()
-            self._state.inverses_stale = True
-        if self.inverses_due and not self.config.background_inverses:
-            self._batches = None  # they hold what is being packed
-            self._old_inverses.pack(self._state.inverses)
-        # "auto" is decided by the first outputs: until then both approximations are recorded.
-        if self._state.approx is not None:
-            observed = {self._state.approx: self._parts.observed}
-        else:
-            observed = {
-                approx: [p for p in self._parts.whole(approx).parts if self._parts.is_observed(p)]
-                for approx in ("expand", "reduce")
-            }
-        with record(
-            self._model,
-            self.config,
-            observed,
-            sharing=sharing,
-            watched=self._parts.watched,
-            examples_share=self._state.examples_share,
-            compiled=self._compiled,
-            called=self._forget_average,
-        ) as recordings:
-            yield
-        self._recordings = recordings
-
-    def _drop_recordings(self) -> None:
-        """Lets go of recordings that were not used, and of the graphs that they keep alive."""
-        for recording in self._recordings.values():
+        self._seen.follow()
+        check_names(sharing, self._seen.names)
+        recording = Recording(self._seen.tracked)
+        try:
+            with _uncompiled(), recording:
+                yield
+        except BaseException:
             recording.release()
-        self._recordings = {}
-        self._statistics.drop_loss_pass()
-
-    def _forget_average(self, name: str) -> None:
-        """A part is being called: without a moving average the new sums take its average's memory.
-
-        If this update fails its inverse stays in use.
-        """
-        alone = distributed.world_size() == 1  # ranks may call different layers
-        if alone and self.config.factor_decay == 0 and not self._statistics.is_begun:
-            self._state.averages.pop(name, None)
-
-    def _split(self) -> None:
-        self._state.inverses_stale |= self._renewal.drop()
-        before = {part.name: type(part) for part in self._parts.partition.parts}
-        self._parts.split(self._state.approx or "expand", self._state.called)
-        # A parameter and a map inside a fused module may have the same name.
-        now = {part.name: type(part) for part in self._parts.partition.parts}
-        self._state.keep_only([name for name in now if before.get(name) is now[name]])
-        self._batches = None
+            raise
+        if self._seen.is_compiled and not recording.calls:
+            raise CompiledModelError(
+                "the model is compiled, so its operations cannot be seen: call the uncompiled "
+                "module inside record() (`model._orig_mod` of torch.compile's result), or use "
+                "PyTorch 2.6 or newer"
+            )
+        self._pass = RecordedPass(recording, sharing)
+        self._was_recorded = True
+        if recording.losses and not self._states_losses:
+            self._collect([terms_of(seen) for seen in recording.losses], is_seen=True)
 
     def update(
         self,
@@ -225,18 +215,19 @@ class KFAC:
         targets: Tensor | None = None,
         loss: Tensor | None = None,
     ) -> None:
-        """Runs the Fisher pass of a recorded forward pass; does nothing on other steps.
+        """States the loss of a recorded forward pass; does nothing on steps without factors.
 
-        Call it before the loss's backward pass, which needs the same graph.
+        Call it before the loss's backward pass, which needs the same graph. It wins over losses
+        that were seen. Several losses of one pass are stated one by one; their curvatures add up.
 
         Args:
-            logits: the model's output.
+            logits: what goes into the loss.
             likelihood: "categorical", "bernoulli", "gaussian" or a `Likelihood`.
             mask: which terms count (bool or weights), see `likelihoods`.
             targets: the labels, for fisher_type="empirical" and ignore_index only.
             loss: what the caller's backward pass starts from, or a multiple of it, if there will
                 be just one before the next `record` or `precondition`. Where the statistics can
-                come from that pass (see `loss_pass`), no Fisher pass is made.
+                come from that pass (see `fisher.loss_pass`), no Fisher pass is made.
 
         Raises:
             RuntimeError: this step needs factors, but the forward pass was not recorded, or the
@@ -245,67 +236,55 @@ class KFAC:
         if not self.factors_due:
             return
         likelihood = as_likelihood(likelihood)
-        if not self._recordings:
-            raise RuntimeError("KFAC.update needs a forward pass inside `with kfac.record():`")
+        if self._pass is None:
+            raise RuntimeError(NOT_RECORDED.format("kfac"))
         if not logits.requires_grad:
             raise RuntimeError(
                 "the logits have no graph: they are detached, or were computed under no_grad"
             )
-        recordings, self._recordings = self._recordings, {}
+        self._states_losses = True
+        if self._state.step == 0:
+            check_class_dim(logits, likelihood)
+        self._collect([LossTerms(logits, likelihood, mask, targets, loss)], is_seen=False)
+
+    def _collect(self, losses: list[LossTerms], *, is_seen: bool) -> None:
+        """Takes the statistics of losses of the last recorded pass."""
         start = time.perf_counter()
-        if self._state.approx is None:
-            examples = recordings["expand"].examples.values()
-            self._decide_setting(likelihood, logits, examples)
-        assert self._state.approx is not None
-        recording = recordings[self._state.approx]
-        if self._state.called is None or self._parts.uncalled:
-            recording.find_other_uses(logits)
-        if self._state.called is None:
-            self._find_called_layers(recording)
-            if self._sharing is None and self._state.approx == "reduce":
-                warn_of_folded_positions(recording.examples, likelihood, logits)
-        self._state.shared_over.update(recording.shared_over())
-        self._statistics.collect(
-            recording,
-            logits,
-            likelihood,
-            step=self._state.step,
-            mask=mask,
-            targets=targets,
-            loss=loss,
-        )
-        for other in recordings.values():
-            if other is not recording:
-                other.release()
-        self._state.seconds["factors"] += time.perf_counter() - start
+        recorded, state = self._pass, self._state
+        assert recorded is not None
+        is_new = not recorded.losses or (recorded.is_seen and not is_seen)
+        self._seen.discover(recorded, losses)
+        if is_new:
+            collection = self._seen.collection(recorded)
+            self._statistics.begin(recorded, collection, state.step, is_seen)
+        alone = is_new and len(losses) == 1
+        for loss in losses:
+            self._statistics.collect(recorded, loss, alone=alone)
+        if is_seen and len(losses) > 1:
+            for number in range(len(losses)):
+                recorded.weigh(number)
+        state.seconds["factors"] += time.perf_counter() - start
 
-    def _end_loss_pass(self) -> None:
-        start = time.perf_counter()
-        self._statistics.end_loss_pass()
-        self._state.seconds["factors"] += time.perf_counter() - start
+    # ---- one step: from statistics to gradients --------------------------------------------------
 
-    def _decide_setting(
-        self, likelihood: Likelihood, logits: Tensor, examples: Iterable[int]
-    ) -> None:
-        approx, reason = detect_setting(likelihood, logits, self._sharing, examples)
-        self._state.approx = approx
-        self._split()
-        logger.info("K-FAC-%s is chosen: %s", self._state.approx, reason)
+    def _drop_pass(self) -> None:
+        if self._pass is not None:
+            self._pass.drop()
+            self._pass = None
 
-    def _find_called_layers(self, recording: Recording) -> None:
-        """Finds out, over all ranks, which layers the first recorded pass has called."""
-        called = self._parts.called_on_any_rank(recording)
-        if called is None:
+    def _end_pass(self) -> None:
+        """Takes over the statistics of the last recorded pass."""
+        recorded, self._pass = self._pass, None
+        if recorded is None:
             return
-        self._state.called = called
-        self._split()
-        recording.replace(self._parts.observed)
-        if self._parts.uncalled:
-            logger.warning(
-                "K-FAC: not called as modules in the first recorded pass, or used besides these "
-                "calls, so their parameters have a curvature of their own: %s",
-                ", ".join(part.name for part in self._parts.uncalled),
-            )
+        if not recorded.losses:
+            recorded.drop()
+            return
+        start = time.perf_counter()
+        for name, words in recorded.collection.words().items():
+            self._state.of(self.structure.by_name[name]).shared_over = words
+        self._statistics.end_pass(recorded)
+        self._state.seconds["factors"] += time.perf_counter() - start
 
     def reduce_factors(self) -> None:
         """Starts to add up this step's statistics over the ranks, in the background.
@@ -314,7 +293,10 @@ class KFAC:
         before the loss's backward pass, which then hides the communication. Does nothing in a step
         in which `update` was given the loss: on some rank the statistics may still have to come.
         """
-        self._statistics.reduce_early(self._parts.observed, self._parts.uncalled)
+        if collectives.world_size() == 1 or (self._pass is not None and self._pass.waits_for_loss):
+            return
+        self._end_pass()
+        self._statistics.reduce_early(self._seen.empty_sums(), self._seen.discoveries)
 
     @torch.no_grad()
     def precondition(self) -> None:
@@ -325,15 +307,35 @@ class KFAC:
         Raises:
             KFACError: `max_failures` updates in a row had to be dropped.
         """
+        gradients = {name: parameter.grad for name, parameter in self.parameters.items()}
+        updates.write_done(self.directions(gradients), gradients)
+
+    @torch.no_grad()
+    def directions(self, gradients: Mapping[str, Tensor | None]) -> list[tuple[Block, Tensor]]:
+        """Ends the step; what is to stand in place of the gradients, for each block that has it.
+
+        Args:
+            gradients: name of a parameter -> gradient.
+        """
         self.refresh()
         start = time.perf_counter()
-        if self._batches is None:
-            self._batches = make_state_batches(self._state, self._parts, self.config)
-        if self.config.direction == "eigenbasis_adam":
-            write_eigenbasis_steps(self._state, self._batches, self.config)
-        else:
-            write_preconditioned(self._state, self._batches, self._parts, self.config)
+        device = torch.device(self._device).type
+        has_autocast = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
+            adam = self.config.direction == "eigenbasis_adam"
+            if self._work is None or self._work.blocks is not self.structure.blocks:
+                self._work = updates.make_work(
+                    self._state, self.structure.blocks, self.parameters, adam
+                )
+            if adam:
+                done = updates.eigenbasis_steps(self._state, self._work, gradients, self.config)
+            else:
+                alone = self._seen.owners if self.config.inverse_placement == "one_rank" else {}
+                done = updates.preconditioned(
+                    self._state, self._work, self.structure.blocks, alone, gradients
+                )
         self._state.seconds["precondition"] += time.perf_counter() - start
+        return done
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -344,87 +346,86 @@ class KFAC:
 
         Raises:
             KFACError: `max_failures` updates in a row had to be dropped.
+            RuntimeError: this step was to update the factors, but nothing was recorded, or no loss
+                is known, or its backward pass has not come.
         """
-        self._end_loss_pass()
-        if self._statistics.waits_for_loss:
-            self._drop_recordings()
+        device = torch.device(self._device).type
+        has_autocast = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
+            self._refresh()
+
+    def _refresh(self) -> None:
+        if self._pass is not None and self._pass.waits_for_loss:
+            self._drop_pass()
             raise RuntimeError(
-                "KFAC.update was given the loss, whose backward pass has not come: call "
-                "loss.backward() before precondition, or leave `loss` out of update"
+                "the statistics of the recorded pass are to come from the backward pass of its "
+                "loss, which has not come: call loss.backward() before this step ends, or leave "
+                "`loss` out of update"
             )
-        self._drop_recordings()
+        self._check_recorded()
+        self._end_pass()
         troubles: list[Trouble] = []
         start = time.perf_counter()
-        self._finish_inverses()
-        waited = time.perf_counter() - start
-        accumulated = self._take_in(troubles)
+        total = self._take_in(troubles)
         factors_done = time.perf_counter()
         # All of this is the same on every rank; which inverses a rank holds is not.
-        is_exact = self.config.damping_kind == "exact"
-        renew = self.inverses_due or self._state.inverses_stale
-        if self._state.damping_changed and is_exact and not renew:
-            updates.renew_damping(self._state, self._preconditioned(), self.config)
-            self._batches = None
-        elif self._state.averages and (renew or self._state.damping_changed):
-            self._renewal.begin(self._state, self._preconditioned(), self._parts.owners)
-            if not self._renewal.in_background:
-                self._finish_inverses()
-        if self._lost:
-            names = ", ".join(f"'{name}'" for name in self._lost)
-            troubles.append(Trouble("inverse", f"the factors of {names} could not be inverted"))
-            self._lost = []
-        if accumulated is not None and self.config.eigenvalue_correction:
-            assert accumulated.terms is not None
-            updates.correct_eigenvalues(
-                self._state,
-                self._parts.partition.parts,
-                accumulated.rows,
-                accumulated.terms,
-                self.config.factor_decay,
+        state, config = self._state, self.config
+        known = any(block.curvature is not None for block in state.blocks.values())
+        renew = self.inverses_due or state.inverses_stale
+        if state.damping_changed and config.damping_kind == "exact" and not renew:
+            updates.renew_damping(state, self._seen.preconditioned, config)
+            self._work = None
+        elif known and (renew or state.damping_changed):
+            lost = updates.renew_inverses(
+                state, self._seen.preconditioned, self._seen.owners, config
             )
-            self._batches = None
-        self._old_inverses.restore(self._state.inverses)
-        self._state.step += 1
-        self._state.seconds["factors"] += factors_done - start - waited
-        self._state.seconds["inverses"] += time.perf_counter() - factors_done + waited
-        account(self._state, troubles, updated=accumulated is not None, config=self.config)
+            self._work = None
+            if lost:
+                names = ", ".join(f"'{name}'" for name in lost)
+                troubles.append(Trouble("inverse", f"the factors of {names} could not be inverted"))
+        if total is not None and config.eigenvalue_correction:
+            updates.correct_eigenvalues(
+                state, self._seen.observed_blocks, total, config.factor_decay
+            )
+            self._work = None
+        state.step += 1
+        self._was_recorded = False
+        state.seconds["factors"] += factors_done - start
+        state.seconds["inverses"] += time.perf_counter() - factors_done
+        account(state, troubles, updated=total is not None, max_failures=config.max_failures)
 
-    def _finish_inverses(self) -> None:
-        """Takes inverses into use that were begun to be made, in this step or the last one."""
-        lost = self._renewal.finish(self._state, self._parts.partition.parts)
-        if lost is not None:
-            self._lost += lost
-            self._batches = None
-
-    def _preconditioned(self) -> list[Part]:
-        """The parts that are not trained by their raw gradient."""
-        partition = self._parts.partition
-        raw = partition.reasons if self.config.fallback == "gradient" else {}
-        return [part for part in partition.parts if part.name not in raw]
+    def _check_recorded(self) -> None:
+        """Whether a step that updates the factors has what it takes."""
+        if not self._due(self.config.factor_update_steps) or self._statistics.is_begun:
+            return
+        if not self._was_recorded:
+            raise RuntimeError(NOT_RECORDED.format("kfac"))
+        if self._pass is not None and not self._pass.losses:
+            self._drop_pass()
+            raise RuntimeError(NO_LOSS)
 
     def _take_in(self, troubles: list[Trouble]) -> Accumulated | None:
         """Takes the step's statistics, summed over ranks, into the averages.
 
         Returns them if they were good, otherwise adds to the troubles.
         """
-        accumulated = self._statistics.finish(self._parts.observed, self._parts.uncalled)
-        if accumulated is None:
-            return None
-        assert accumulated.terms is not None
-        good = updates.average_in(
-            self._state,
-            self._parts.observed,
-            accumulated.sums,
-            accumulated.terms,
-            self.config.factor_decay,
+        alone = collectives.world_size() == 1
+        total, discovered = self._statistics.finish(
+            self._seen.empty_sums(), self._seen.discoveries, alone=alone
         )
+        if total is None:
+            return None
+        good = updates.average_in(
+            self._state, total, self._seen.observed_blocks, self.config.factor_decay
+        )
+        if discovered:
+            self._seen.share_discoveries()
         if good:
-            self._promote(accumulated.newly_called())
-            return accumulated
-        if accumulated.is_out_of_memory_on_a_rank():
+            return total
+        if total.is_out_of_memory_on_a_rank():
             self._state.examples_share /= 2
             share = f"{100 * self._state.examples_share:g} %"
-            where = accumulated.out_of_memory or "the factors of another rank"
+            where = total.out_of_memory or "the factors of another rank"
             message = f"memory ran out in {where}; from now on {share} of the examples are used"
             troubles.append(Trouble("memory", message))
         else:
@@ -434,13 +435,6 @@ class KFAC:
             troubles.append(Trouble("statistics", message))
         return None
 
-    def _promote(self, names: list[str]) -> None:
-        """Layers that were called for the first time count as layers from now on."""
-        if names and self._state.called is not None:
-            self._state.called += names
-            self._split()
-            logger.info("K-FAC: called for the first time, now layers: %s", ", ".join(names))
-
     # ---- adaptive damping -------------------------------------------------------------------
 
     @torch.no_grad()
@@ -449,7 +443,7 @@ class KFAC:
 
         Call it after the backward pass and before `precondition`.
         """
-        return begin_trial(self._parts.partition.parts)
+        return begin_trial(self.structure.blocks, self.parameters)
 
     @torch.no_grad()
     def end_trial(self, trial: Trial, loss_before: float, loss_after: float) -> float:
@@ -460,19 +454,13 @@ class KFAC:
             loss_before, loss_after: the mean loss of the same batch (same dropout) around the step.
 
         Returns:
-            The reduction ratio.
+            The reduction ratio; NaN for a step that changed nothing, which leaves the damping.
         """
-        parts, averages = self._parts.partition.parts, self._state.averages
-        predicted = float(
-            predicted_change(
-                parts,
-                averages,
-                self._state.inverses,
-                trial,
-                damping=self._state.damping,
-                relative=self.config.relative_damping,
-            )
-        )
+        settings = updates.settings_of(self._state, self.config, 1)
+        blocks = self.structure.blocks
+        predicted = predicted_change(blocks, self._state, trial, self.parameters, settings)
+        if predicted == 0 and loss_after == loss_before:
+            return float("nan")
         ratio = (loss_after - loss_before) / predicted if predicted < 0 else float("-inf")
         steps = self.config.inverse_update_steps
         self.damping = adapted_damping(self._state.damping, ratio, steps)
@@ -481,20 +469,17 @@ class KFAC:
     # ---- what it holds ----------------------------------------------------------------------
 
     def curvature(self) -> dict[str, Curvature]:
-        """Name of a layer (or parameter outside layers) -> a copy of its current curvature."""
-        return {
-            part.name: as_curvature(
-                part, {key: value.clone() for key, value in self._state.averages[part.name].items()}
-            )
-            for part in self._parts.partition.parts
-            if part.name in self._state.averages
-        }
+        """Name of a block -> a copy of its current curvature."""
+        found = {}
+        for block in self.structure.blocks:
+            curvature = self._state.of(block).curvature
+            if curvature is not None:
+                found[block.name] = block.public(curvature)
+        return found
 
     def report(self) -> list[ReportRow]:
-        """What preconditions every parameter; the sharing is known after the first update."""
-        adam = self.config.direction == "eigenbasis_adam"
-        fallback = "adam" if adam else self.config.fallback
-        return report_rows(self._parts.partition, fallback, self._state.shared_over)
+        """What preconditions every parameter; known after the first update."""
+        return report_rows(self.structure, self.config, self._state)
 
     def describe(self) -> str:
         """The report as a text table."""
@@ -502,19 +487,17 @@ class KFAC:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs: tensors and plain Python values only."""
-        self._finish_inverses()
-        self._old_inverses.restore(self._state.inverses)
         return {
             **self._state.to_dict(),
             "kfac_approx": self.config.kfac_approx,
-            "parts": self._parts.names,
+            "parameters": list(self.parameters),
             "inverses_complete": not self._shares_inverses,
             "seed": self.config.seed,
         }
 
     @property
     def _shares_inverses(self) -> bool:
-        return self.config.inverse_placement == "one_rank" and bool(self._parts.owners)
+        return self.config.inverse_placement == "one_rank" and bool(self._seen.owners)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a state; tensors move to the device of the parameters.
@@ -528,23 +511,27 @@ class KFAC:
                 f"K-FAC state was made with kfac_approx={state['kfac_approx']!r}, not "
                 f"{self.config.kfac_approx!r}"
             )
-        parts = ModelParts(self._model, self.config)
-        parts.split(restored.approx or "expand", restored.called)
-        if parts.names != list(state["parts"]):
-            differing = sorted(set(parts.names) ^ set(state["parts"]))
-            raise ValueError(f"K-FAC state belongs to another model: it differs in {differing[:5]}")
-        self._drop_recordings()
-        self._renewal.drop()
+        self._seen.check(restored, list(state["parameters"]))
+        self._drop_pass()
         self._statistics.forget()
-        self._batches, self._lost, self._old_inverses = None, [], OldInverses()
         if state["seed"] != self.config.seed:
             # Labels would be sampled otherwise than in the run that goes on.
-            self.config = self._statistics.config = replace(self.config, seed=int(state["seed"]))
+            self.config = replace(self.config, seed=int(state["seed"]))
+            self._statistics.settings = self._fisher_settings
         if not state["inverses_complete"]:
             # It has those of one rank: all make theirs anew, at the same step.
             restored.inverses_stale = True
-        self._state, self._parts = restored, parts
+        self._state, self._work = restored, None
+        self._seen.begin_with(restored)
         if self._shares_inverses:
-            for name, owner in parts.owners.items():
-                if owner != distributed.rank():
-                    restored.inverses.pop(name, None)
+            for name, owner in self._seen.owners.items():
+                if owner != collectives.rank():
+                    restored.of(self.structure.by_name[name]).inverse = None
+
+
+def _uncompiled() -> Any:
+    """Runs compiled modules as they were before, where this PyTorch can."""
+    set_stance = getattr(torch.compiler, "set_stance", None)  # since 2.6
+    if set_stance is None or "torch._dynamo" not in sys.modules:  # nothing is compiled then
+        return nullcontext()
+    return set_stance("force_eager")

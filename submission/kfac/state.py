@@ -2,18 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .eigenbasis_adam import Moments
-from .inverses import Inverse
-from .statistics import Sums
+from .blocks.block import Block, BlockCurvature, Inverse
+from .blocks.diagonal import Diagonal, Reciprocal, UnitInverse, Unitwise
+from .blocks.kronecker import EigenInverse, Factors, KroneckerInverse
+from .linalg import tree
+from .linalg.eigenbasis import Basis, Moments
+from .linalg.factor import Factor
+from .linalg.inverses import CholeskyInverse, DiagonalInverse, ExplicitInverse, LowRankInverse
+from .operations.pieces import Matrix, Piece
+from .operations.uses import LinearUse, UnitUse, Use
 
-STATE_VERSION = 4
+STATE_VERSION = 5
+
+# What a saved state may consist of.
+TYPES: dict[str, type[Any]] = {
+    t.__name__: t
+    for t in (
+        Factors, Factor, Unitwise, Diagonal, KroneckerInverse, EigenInverse, UnitInverse,
+        Reciprocal, ExplicitInverse, CholeskyInverse, LowRankInverse, DiagonalInverse, Basis,
+        Moments, LinearUse, UnitUse, Matrix, Piece,
+    )
+}  # fmt: skip
+
+
+@dataclass
+class BlockState:
+    """What is kept of one block.
+
+    Attributes:
+        curvature: on average; None before the block was reached.
+        updates: number of updates in the average.
+        inverse: None before it was made, or where another rank has it.
+        moments: of "eigenbasis_adam".
+        shared_over: how its rows are shared, in words.
+    """
+
+    curvature: BlockCurvature | None = None
+    updates: int = 0
+    inverse: Inverse | None = None
+    moments: Moments | None = None
+    shared_over: str = "-"
 
 
 def _no_failures() -> dict[str, int]:
@@ -26,13 +61,14 @@ def _no_seconds() -> dict[str, float]:
 
 @dataclass
 class KFACState:
-    """The mutable state of `KFAC`.
+    """The mutable state of `Preconditioner`.
 
     Attributes:
         damping: λ in use.
         approx: "expand" or "reduce"; None until it is decided.
+        uses, others: what recorded passes have shown of the model, on any rank: uses of parameters,
+            and name of a parameter -> how it is used besides. None before the first one.
         step: finished steps.
-        updates: part name -> factor updates in its moving average.
         corrections: updates of the corrected eigenvalues in the present basis.
         inverses_stale: whether inverses have to be made: there are none yet, or some are missing.
         damping_changed: whether the damping has changed since the inverses were made.
@@ -40,18 +76,15 @@ class KFACState:
         seconds: time spent, by phase.
         examples_share: share of the examples whose rows enter the factors; halved whenever memory
             runs out.
-        called: names of the layers that were called as modules so far; None before the first
-            update.
-        shared_over: part name -> how its rows are shared, in words.
-        averages: part name -> averages (see `curvature.average_sums`).
-        inverses: part name -> inverse.
-        moments, count: of `eigenbasis_adam`: part name -> moments, and the number of steps in them.
+        count: of "eigenbasis_adam": the number of steps in the moments.
+        blocks: name of a block -> what is kept of it.
     """
 
     damping: float
     approx: str | None
+    uses: dict[Use, None] | None = None
+    others: dict[str, str] = field(default_factory=dict)
     step: int = 0
-    updates: dict[str, int] = field(default_factory=dict)
     corrections: int = 0
     inverses_stale: bool = True
     damping_changed: bool = False
@@ -59,41 +92,22 @@ class KFACState:
     failures: dict[str, int] = field(default_factory=_no_failures)
     seconds: dict[str, float] = field(default_factory=_no_seconds)
     examples_share: float = 1.0
-    called: list[str] | None = None
-    shared_over: dict[str, str] = field(default_factory=dict)
-    averages: dict[str, Sums] = field(default_factory=dict)
-    inverses: dict[str, Inverse] = field(default_factory=dict)
-    moments: dict[str, Moments] = field(default_factory=dict)
     count: Tensor | None = None
+    blocks: dict[str, BlockState] = field(default_factory=dict)
 
-    def keep_only(self, names: Collection[str]) -> None:
-        """Forgets what is known of parts that are not among the names."""
-        for known in (self.averages, self.inverses, self.updates, self.moments):
-            for name in known.keys() - set(names):
-                del known[name]
+    def of(self, block: Block) -> BlockState:
+        """What is kept of a block."""
+        return self.blocks.setdefault(block.name, BlockState())
 
     def to_dict(self) -> dict[str, Any]:
         """Tensors and plain Python values only."""
-        return {
-            "version": STATE_VERSION,
-            "damping": self.damping,
-            "approx": self.approx,
-            "step": self.step,
-            "updates": dict(self.updates),
-            "corrections": self.corrections,
-            "inverses_stale": self.inverses_stale,
-            "damping_changed": self.damping_changed,
-            "failures_in_a_row": self.failures_in_a_row,
-            "failures": dict(self.failures),
-            "seconds": dict(self.seconds),
-            "examples_share": self.examples_share,
-            "called": None if self.called is None else list(self.called),
-            "shared_over": dict(self.shared_over),
-            "averages": {name: dict(sums) for name, sums in self.averages.items()},
-            "inverses": {name: dict(inverse) for name, inverse in self.inverses.items()},
-            "moments": {name: dict(moments) for name, moments in self.moments.items()},
-            "count": self.count,
+        plain = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("uses", "blocks")
         }
+        copied = {k: dict(v) if isinstance(v, dict) else v for k, v in plain.items()}
+        uses = None if self.uses is None else [tree.to_plain(use) for use in self.uses]
+        blocks = {name: _block_to_plain(block) for name, block in self.blocks.items()}
+        return {"version": STATE_VERSION, **copied, "uses": uses, "blocks": blocks}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any], device: torch.device) -> KFACState:
@@ -104,33 +118,39 @@ class KFACState:
         """
         if saved.get("version") != STATE_VERSION:
             raise ValueError(
-                f"K-FAC state has version {saved.get('version')}, this code reads {STATE_VERSION}"
+                f"K-FAC state has version {saved.get('version')}, this code reads {STATE_VERSION}: "
+                "go on with the code that wrote it, or begin without its state"
             )
-        return cls(
-            damping=float(saved["damping"]),
-            approx=saved["approx"],
-            step=int(saved["step"]),
-            updates={k: int(v) for k, v in saved["updates"].items()},
-            corrections=int(saved["corrections"]),
-            inverses_stale=bool(saved["inverses_stale"]),
-            damping_changed=bool(saved["damping_changed"]),
-            failures_in_a_row=int(saved["failures_in_a_row"]),
-            failures={k: int(v) for k, v in saved["failures"].items()},
-            seconds={k: float(v) for k, v in saved["seconds"].items()},
-            examples_share=float(saved["examples_share"]),
-            called=None if saved["called"] is None else list(saved["called"]),
-            shared_over=dict(saved["shared_over"]),
-            averages=_to_device(saved["averages"], device),
-            inverses=_to_device(saved["inverses"], device),
-            moments=_to_device(saved["moments"], device),
-            count=None if saved["count"] is None else saved["count"].to(device, copy=True),
-        )
+        values = {f.name: saved[f.name] for f in fields(cls)}
+        for key in ("others", "failures", "seconds"):
+            values[key] = dict(values[key])
+        if saved["uses"] is not None:
+            values["uses"] = dict.fromkeys(_use_from_plain(use) for use in saved["uses"])
+        if values["count"] is not None:
+            values["count"] = values["count"].to(device, copy=True)
+        values["blocks"] = {
+            name: _block_from_plain(plain, device) for name, plain in saved["blocks"].items()
+        }
+        return cls(**values)
 
 
-def _to_device(
-    tensors: Mapping[str, Mapping[str, Tensor]], device: torch.device
-) -> dict[str, dict[str, Tensor]]:
-    return {
-        name: {key: value.detach().to(device, copy=True) for key, value in group.items()}
-        for name, group in tensors.items()
-    }
+def _block_to_plain(block: BlockState) -> dict[str, Any]:
+    plain: dict[str, Any] = {"updates": block.updates, "shared_over": block.shared_over}
+    for key in ("curvature", "inverse", "moments"):
+        value = getattr(block, key)
+        plain[key] = None if value is None else tree.to_plain(value)
+    return plain
+
+
+def _block_from_plain(plain: Mapping[str, Any], device: torch.device) -> BlockState:
+    values = dict(plain)
+    for key in ("curvature", "inverse", "moments"):
+        if values[key] is not None:
+            made = tree.from_plain(values[key], TYPES)
+            values[key] = tree.mapped(lambda t: t.detach().to(device, copy=True), made)
+    return BlockState(**values)
+
+
+def _use_from_plain(plain: Mapping[str, Any]) -> Use:
+    use: Use = tree.from_plain(plain, TYPES)
+    return use

@@ -11,7 +11,8 @@ from torch import nn
 from experiments import cifar
 from experiments import update_step_timing as timing
 from quickstart.errors import QuickstartError
-from submission.kfac import kronecker_factors, layers
+from submission.kfac import kronecker_factors
+from submission.kfac.linalg.convolution import shifted_products
 
 
 def options(*flags: str) -> argparse.Namespace:
@@ -20,26 +21,47 @@ def options(*flags: str) -> argparse.Namespace:
     return parser.parse_args(["--depth=10", "--width=1", "--repeats=2", "--device=cpu", *flags])
 
 
+def write_images(folder: Path, side: int, train: int = 10, test: int = 2) -> None:
+    """An image folder of two classes, with so many images of each."""
+    for split, count in (("train", train), ("test", test)):
+        for label, name in enumerate(("cat", "dog")):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.full((side, side, 3), 100 * label + i, np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+
+
 def test_run_times_everything_and_says_what_the_data_are(tmp_path: Path) -> None:
     result = timing.run(options("--batch-sizes", "2", "4"), tmp_path, Console(quiet=True))
     (table,) = timing.tables(result)
     assert "photographs" in table.title
-    assert [row[0] for row in table.rows] == ["2", "4"]
-    assert all("±" in cell for row in table.rows for cell in (*row[1:4], *row[5:]))
+    ours = [row for row in table.rows if row[0] in ("2", "4")]
+    assert len(ours) == 2
+    assert all("±" in cell for row in ours for cell in (*row[1:4], *row[5:7]))
     assert timing.draw(result, tmp_path / "picture.png")
+
+
+def test_epochs_are_passes_over_all_training_images(tmp_path: Path) -> None:
+    write_images(tmp_path, side=8)
+    flags = (f"--data-dir={tmp_path}", "--batch-sizes", "5", "8", "--epochs=3")
+    result = timing.run(options(*flags), tmp_path, Console(quiet=True))
+    for seconds in result["seconds"].values():
+        assert [len(seconds[size]) for size in ("5", "8")] == [3, 3]
+    with pytest.raises(QuickstartError, match="--epochs needs --data-dir"):
+        timing.run(options("--epochs=3"), tmp_path, Console(quiet=True))
 
 
 def test_fast_paths_are_off_inside_only_and_change_no_factor(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls = []
-    add_second_moment = layers.shifted_products.add_second_moment
+    add_second_moment = shifted_products.add_second_moment
 
     def counted(*arguments: object) -> None:
         calls.append(1)
         add_second_moment(*arguments)
 
-    monkeypatch.setattr(layers.shifted_products, "add_second_moment", counted)
+    monkeypatch.setattr(shifted_products, "add_second_moment", counted)
     model = torch.nn.Sequential(torch.nn.Conv2d(8, 4, 3, padding=1), torch.nn.Flatten()).double()
     x = torch.randn(2, 8, 4, 4, dtype=torch.float64)
 
@@ -74,7 +96,7 @@ def test_out_of_memory_becomes_a_cell(error: Exception) -> None:
     assert timing.unless_out_of_memory(work) is None
     seconds = {kind: {"8": [1.0, 2.0], "9": None} for kind in timing._FULL}
     (table,) = timing.tables({"data": "x", "batch_sizes": [8, 9], "seconds": seconds})
-    assert table.rows[1] == ("9", "OOM", "OOM", "OOM", "-", "OOM", "OOM")
+    assert table.rows[1] == ("9", "OOM", "OOM", "OOM", "-", "OOM", "OOM", "-", "-")
 
 
 def test_other_errors_are_not_taken_for_out_of_memory() -> None:
@@ -86,12 +108,7 @@ def test_other_errors_are_not_taken_for_out_of_memory() -> None:
 
 
 def test_image_folder(tmp_path: Path) -> None:
-    for split, count in (("train", 10), ("test", 2)):
-        for label, name in enumerate(("cat", "dog")):
-            (tmp_path / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = np.full((4, 4, 3), 100 * label + i, np.uint8)
-                Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
+    write_images(tmp_path, side=4)
     data = cifar.load(tmp_path)
     assert {name: len(members) for name, members in data.splits.items()} == {
         "train": 18,

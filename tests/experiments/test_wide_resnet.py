@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from experiments.models.wide_resnet import WideResNet
-from submission.kfac import DiagonalCurvature, KroneckerFactors, curvature
+from submission.kfac import KroneckerFactors, UnitwiseCurvature, curvature
 
 
 def test_wide_resnet_16_4_has_the_known_layers_and_widths() -> None:
@@ -23,13 +23,13 @@ def test_fixup_starts_as_the_zero_function_and_with_identity_branches() -> None:
     assert torch.equal(model.blocks[0](x), x)
 
 
-def test_convolutions_are_kronecker_and_fixup_scalars_diagonal() -> None:
+def test_convolutions_are_kronecker_and_fixup_scalars_blocks_of_their_own() -> None:
     torch.manual_seed(0)
     model = WideResNet(10, 1, fixup_zeros=False)
     blocks = curvature(
         model, torch.randn(2, 3, 8, 8), likelihood="categorical", kfac_approx="reduce"
     )
-    diagonal = {name for name, block in blocks.items() if isinstance(block, DiagonalCurvature)}
-    assert diagonal == {n for n, p in model.named_parameters() if p.numel() == 1}
+    scalars = {name for name, block in blocks.items() if isinstance(block, UnitwiseCurvature)}
+    assert scalars == {n for n, p in model.named_parameters() if p.numel() == 1}
     assert isinstance(blocks["blocks.1.shortcut"], KroneckerFactors)
-    assert all(block.diagonal.item() > 0 for n, block in blocks.items() if n in diagonal)
+    assert all(blocks[name].blocks.item() > 0 for name in scalars)

@@ -1,7 +1,10 @@
 """Small modules for the tests."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+from submission.kfac.operations.functions.convolution import Convolution
 
 
 class Mean(nn.Module):
@@ -60,3 +63,19 @@ class Tokens(nn.Module):
     def forward(self, x):
         h = self.linear(self.embedding(x))
         return h.mean(1) if self.pool else h
+
+
+def geometry_of(module):
+    """Of the convolution that a module calls: padding that is not zeros is made in front of it."""
+    padding = module.padding if module.padding_mode == "zeros" else 0
+    return Convolution.of(
+        module.weight.shape, stride=module.stride, padding=padding, dilation=module.dilation,
+        groups=module.groups, output_padding=module.output_padding, transposed=module.transposed,
+    ).geometry  # fmt: skip
+
+
+def padded(module, x):
+    """What a convolution module calls the convolution with."""
+    if module.padding_mode == "zeros":
+        return x
+    return F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)

@@ -140,7 +140,7 @@ def check(model, x, likelihood, kfac_approx, fisher_type, joint_bias, reduction,
         kfac_approx=kfac_approx,
         fisher_type=fisher_type,
         targets=targets,
-        joint_bias=joint_bias,
+        bias="joint" if joint_bias else "separate",
     )
     # Two batches of different sizes there, one here: the factors are those of all the data.
     batches = [(x[:2], targets[:2]), (x[2:], targets[2:])]

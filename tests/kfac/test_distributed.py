@@ -12,7 +12,7 @@ from processes import joined
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from submission.kfac import KFAC, KFACConfig, Segments
+from submission.kfac import KFACConfig, Preconditioner, Segments
 
 STEPS = 6
 
@@ -97,7 +97,7 @@ def worker(rank, case, kfac_approx, folder):
     build, step = CASES[case]
     with joined(rank, 2, folder):
         model = DistributedDataParallel(build())
-        kfac = KFAC(model, config(kfac_approx))
+        kfac = Preconditioner(model, config(kfac_approx))
         for t in range(STEPS):
             step(model, kfac, t, rank)
         torch.save(model.module.state_dict(), f"{folder}/{rank}.pt")
@@ -108,7 +108,7 @@ def worker(rank, case, kfac_approx, folder):
 def test_two_ranks_are_one_process_on_the_joined_batch(case, kfac_approx):
     build, step = CASES[case]
     model = build()
-    kfac = KFAC(model, config(kfac_approx))
+    kfac = Preconditioner(model, config(kfac_approx))
     for t in range(STEPS):
         step(model, kfac, t)
     with tempfile.TemporaryDirectory() as folder:

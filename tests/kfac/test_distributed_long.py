@@ -17,7 +17,7 @@ from processes import joined
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from submission.kfac import KFAC, KFACConfig, Segments
+from submission.kfac import KFACConfig, Preconditioner, Segments
 
 STEPS, EXAMPLES = 50, 10
 SHARES = {1: [10], 2: [7, 3], 4: [4, 1, 3, 2]}
@@ -119,7 +119,7 @@ def begin(case, kfac_approx):
         kfac_approx=kfac_approx, fisher_type=case.fisher_type, factor_update_steps=2,
         inverse_update_steps=4, factor_decay=0.5, damping=0.1,
     )  # fmt: skip
-    return model, KFAC(model, config)
+    return model, Preconditioner(model, config)
 
 
 def train(case, model, kfac, numbers, rank=0):

@@ -8,86 +8,114 @@ import torch.nn.functional as F
 from nets import Mean
 from torch import nn
 
-from submission.kfac import KFAC, KFACConfig
-from submission.kfac.eigenbasis_adam import AdamStep, directions, out_of_basis, turn_moments
-from submission.kfac.partition import partition
+from submission.kfac import KFACConfig, Preconditioner
 from submission.optimizers import NAdamW
 
 BETAS, EPSILON = (0.9, 0.99), 1e-8
 
 
-def orthogonal(side):
-    return torch.linalg.qr(torch.randn(2, side, side)).Q
+def settings_of(every, **settings):
+    return KFACConfig(
+        direction="eigenbasis_adam", damping_kind="exact", fisher_type="type-2",
+        factor_update_steps=every, inverse_update_steps=every, early_updates=False,
+        betas=BETAS, epsilon=EPSILON, **settings,
+    )  # fmt: skip
+
+
+def step_of(model, kfac, x, y, mask=None):
+    """The gradients of one step, and what replaces them."""
+    model.zero_grad()
+    with kfac.record():
+        logits = model(x)
+    kfac.update(logits, "categorical", mask=mask)
+    F.cross_entropy(logits, y).backward()
+    plain = {name: p.grad.clone() for name, p in model.named_parameters()}
+    kfac.precondition()
+    return plain, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def joint(gradients):
+    return torch.cat([gradients["0.weight"], gradients["0.bias"][:, None]], 1)
+
+
+def basis_of(kfac):
+    """Eigenvectors of B and of A."""
+    block = kfac.curvature()["0"]
+    factors = (block.gradient_covariance, block.input_covariance)
+    return tuple(torch.linalg.eigh(factor).eigenvectors for factor in factors)
+
+
+def batch_of(t):
+    """Their scales, and with them the bases, change from step to step."""
+    scales = torch.tensor([1.0, 2.0, 0.5, 3.0]).roll(t)
+    return scales * torch.randn(20, 4), torch.randint(3, (20,))
 
 
 def test_with_a_fixed_basis_it_is_nadamw_on_rotated_parameters():
-    basis = {"A.eigenvectors": orthogonal(4), "B.eigenvectors": orthogonal(3)}
-    rotated = nn.Parameter(torch.zeros(2, 3, 4))
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))
+    kfac = Preconditioner(model, settings_of(1000))
+    rotated = nn.Parameter(torch.zeros(3, 5))
     reference = NAdamW([rotated], lr=1.0, betas=BETAS, eps=EPSILON)
-    position, count = torch.zeros(2, 3, 4), None
-    moments = {"first": torch.zeros(2, 3, 4), "second": torch.zeros(2, 3, 4)}
-    for _ in range(5):
-        gradient = torch.randn(2, 3, 4)
-        step = AdamStep.of(count, [gradient], betas=BETAS, epsilon=EPSILON)
-        count = step.count
-        (update,) = directions([basis], [moments], [gradient], step)
-        position -= update
-        rotated.grad = basis["B.eigenvectors"].mT @ gradient @ basis["A.eigenvectors"]
+    position = torch.zeros(3, 5)
+    for t in range(5):
+        plain, update = step_of(model, kfac, *batch_of(t))
+        q_b, q_a = basis_of(kfac)
+        position -= joint(update)
+        rotated.grad = q_b.T @ joint(plain) @ q_a
         reference.step()
-        back = basis["B.eigenvectors"] @ rotated.detach() @ basis["A.eigenvectors"].mT
+        back = q_b @ rotated.detach() @ q_a.T
         torch.testing.assert_close(position, back, rtol=1e-10, atol=1e-12)
 
 
-def linear_part():
-    model = nn.Sequential(nn.Linear(3, 2, bias=False))
-    return partition(model, approx="expand", joint_bias=True, max_factor_side=100).parts
+class Moments:
+    """Adam's moments of one layer, in the basis of the entries at first."""
+
+    def __init__(self):
+        self.basis = torch.eye(3), torch.eye(5)
+        self.first, self.second, self.count = torch.zeros(3, 5), torch.zeros(3, 5), 0
+
+    def turn(self, basis):
+        """The mean turns with the basis, variances of uncorrelated entries by the squares."""
+        b, a = (old.T @ new for old, new in zip(self.basis, basis, strict=True))
+        self.first = b.T @ self.first @ a
+        self.second = b.square().T @ self.second @ a.square()
+        self.basis = basis
+
+    def update(self, gradient):
+        q_b, q_a = self.basis
+        g = q_b.T @ gradient @ q_a
+        self.count += 1
+        for name, value, beta in zip(("first", "second"), (g, g.square()), BETAS, strict=True):
+            setattr(self, name, beta * getattr(self, name) + (1 - beta) * value)
+        ahead = (BETAS[0] * self.first + (1 - BETAS[0]) * g) / (1 - BETAS[0] ** self.count)
+        scale = (self.second / (1 - BETAS[1] ** self.count)).sqrt() + EPSILON
+        return q_b @ (ahead / scale) @ q_a.T
 
 
-def test_a_turn_by_a_permutation_moves_the_second_moments_along():
-    second = torch.rand(1, 2, 3)
-    old = {"0": {"A.eigenvectors": torch.eye(3)[None], "B.eigenvectors": torch.eye(2)[None]}}
-    order_a, order_b = torch.tensor([2, 0, 1]), torch.tensor([1, 0])
-    new = {
-        "0": {
-            "A.eigenvectors": -torch.eye(3)[:, order_a][None],  # signs do not matter
-            "B.eigenvectors": torch.eye(2)[:, order_b][None],
-        }
-    }
-    moments = {"0": {"first": second, "second": second.clone()}}
-    turn_moments(moments, linear_part(), old, new)
-    torch.testing.assert_close(moments["0"]["second"], second[:, order_b][:, :, order_a])
-    turn_moments(moments, linear_part(), new, new)
-    torch.testing.assert_close(moments["0"]["second"], second[:, order_b][:, :, order_a])
+@pytest.mark.parametrize("late", [True, False])
+def test_the_moments_turn_along_with_the_basis(late):
+    """Also from none at all, where the first update had no valid label."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))
+    kfac, moments = Preconditioner(model, settings_of(2)), Moments()
+    turned = 0
+    for t in range(7):
+        mask = torch.zeros(20, dtype=torch.bool) if late and t == 0 else None
+        plain, update = step_of(model, kfac, *batch_of(t), mask)
+        if "0" in kfac.curvature():
+            before, basis = moments.basis, basis_of(kfac)
+            turned += not torch.equal(before[1], basis[1])
+            moments.turn(basis)
+        torch.testing.assert_close(joint(update), moments.update(joint(plain)))
+    assert turned == (3 if late else 4)
 
 
-def test_a_turn_leaves_the_mean_of_the_gradients_where_it_is():
-    mean, second = torch.randn(1, 2, 3), torch.rand(1, 2, 3)
-    moments = {"0": {"first": mean, "second": second}}
-    old, new = (
-        {"0": {"A.eigenvectors": orthogonal(3)[:1], "B.eigenvectors": orthogonal(2)[:1]}}
-        for _ in range(2)
-    )
-    there = out_of_basis(old["0"], mean)
-    turn_moments(moments, linear_part(), old, new)
-    torch.testing.assert_close(out_of_basis(new["0"], moments["0"]["first"]), there)
-    turn_moments(moments, linear_part(), new, {})  # to no basis: that of the entries
-    torch.testing.assert_close(moments["0"]["first"], there)
-    turn_moments(moments, linear_part(), {}, old)
-    torch.testing.assert_close(moments["0"]["first"], mean)
-
-
-def test_a_turn_gives_the_variances_of_uncorrelated_entries():
-    q = orthogonal(3)[:1]
-    variances = torch.rand(1, 2, 3)
-    samples = torch.randn(200_000, 2, 3) * variances.sqrt()
-    expected = (samples @ q).square().mean(0, keepdim=True)
-    moments = {"0": {"first": variances, "second": variances.clone()}}
-    eye = torch.eye(2)[None]
-    old = {"0": {"A.eigenvectors": torch.eye(3)[None], "B.eigenvectors": eye}}
-    new = {"0": {"A.eigenvectors": q, "B.eigenvectors": eye}}
-    turn_moments(moments, linear_part(), old, new)
-    torch.testing.assert_close(moments["0"]["second"], expected, rtol=0.02, atol=0)
-    torch.testing.assert_close(moments["0"]["second"].sum(), variances.sum())
+def test_variances_of_uncorrelated_entries_turn_by_the_squares():
+    moments, q = Moments(), torch.linalg.qr(torch.randn(5, 5)).Q
+    moments.second = variances = torch.rand(3, 5)
+    samples = torch.randn(200_000, 3, 5) * variances.sqrt()
+    moments.turn((torch.eye(3), q))
+    torch.testing.assert_close(moments.second, (samples @ q).square().mean(0), rtol=0.02, atol=0)
+    torch.testing.assert_close(moments.second.sum(), variances.sum())
 
 
 def net():
@@ -124,13 +152,13 @@ def train(model, kfac, optimizer, steps):
 @pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
 def test_it_trains_everything_and_resumes_to_the_bit(kfac_approx):
     model = net()
-    kfac = KFAC(model, config(kfac_approx=kfac_approx))
+    kfac = Preconditioner(model, config(kfac_approx=kfac_approx))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, weight_decay=0.01)
     before = [p.detach().clone() for p in model.parameters()]
     losses = train(model, kfac, optimizer, range(8))
     assert all(not torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
     resumed = copy.deepcopy(model)
-    again = KFAC(resumed, config(kfac_approx=kfac_approx))
+    again = Preconditioner(resumed, config(kfac_approx=kfac_approx))
     again.load_state_dict(copy.deepcopy(kfac.state_dict()))
     other = torch.optim.SGD(resumed.parameters(), lr=0.02, weight_decay=0.01)
     losses += train(model, kfac, optimizer, range(8, 60))
@@ -142,7 +170,7 @@ def test_it_trains_everything_and_resumes_to_the_bit(kfac_approx):
 
 def test_only_layers_with_a_basis_are_observed_and_the_report_says_so():
     model = net()
-    kfac = KFAC(model, config())
+    kfac = Preconditioner(model, config())
     train(model, kfac, torch.optim.SGD(model.parameters(), lr=0.02), range(1))
     assert list(kfac.curvature()) == ["0", "1", "5"]
     rows = {row.name: row.preconditioner for row in kfac.report()}
@@ -151,7 +179,7 @@ def test_only_layers_with_a_basis_are_observed_and_the_report_says_so():
 
 def test_parameters_outside_layers_are_trained_by_adam():
     model = net()
-    kfac = KFAC(model, config())
+    kfac = Preconditioner(model, config())
     twin = copy.deepcopy(model[2])
     adam = NAdamW(twin.parameters(), lr=0.02, betas=BETAS, eps=EPSILON)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
@@ -170,20 +198,21 @@ def test_parameters_outside_layers_are_trained_by_adam():
 
 
 def test_a_step_that_is_not_finite_enters_no_moment():
-    model = net()
-    kfac = KFAC(model, config())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    train(model, kfac, optimizer, range(3))
-    before = copy.deepcopy(kfac.state_dict())
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 3))
+    faulty, sound = (Preconditioner(model, settings_of(1000)) for _ in range(2))
+    for t in range(3):
+        x, y = batch_of(t)
+        for kfac in (faulty, sound):
+            step_of(model, kfac, x, y)
     for p in model.parameters():
         p.grad = torch.full_like(p, float("nan"))
-    kfac.precondition()
-    after = kfac.state_dict()
-    assert torch.equal(before["count"], after["count"])
-    for name, moments in before["moments"].items():
-        for key, value in moments.items():
-            torch.testing.assert_close(after["moments"][name][key], value)
+    faulty.precondition()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+    for t in range(3, 5):
+        x, y = batch_of(t)
+        (_, found), (_, expected) = (step_of(model, kfac, x, y) for kfac in (faulty, sound))
+        for name, update in expected.items():
+            torch.testing.assert_close(found[name], update)
 
 
 @pytest.mark.parametrize(

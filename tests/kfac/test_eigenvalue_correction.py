@@ -6,12 +6,12 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
-from ggn import layer_ggn, relative_error
+from ggn import layer_ggn, matrix_order, relative_error
 from nets import Mean
+from observed import preconditioner_matrix
 from torch import nn
 
-from submission.kfac import KFAC, KFACConfig
-from submission.kfac.eigenvalue_correction import EigenvalueCorrectedFactors
+from submission.kfac import KFACConfig, Preconditioner
 
 
 def config(**options):
@@ -39,27 +39,46 @@ def step(model, kfac, x, y):
     return plain
 
 
-def corrected(kfac, layer):
-    inverse = kfac.state_dict()["inverses"][layer]
-    return EigenvalueCorrectedFactors(
-        inverse["A.eigenvectors"][0], inverse["B.eigenvectors"][0], inverse["corrected"][0]
-    )
+SELDOM = {"factor_update_steps": 1000, "inverse_update_steps": 1000, "early_updates": False}
+
+
+def corrected(model, kfac, layer, damping=0.01):
+    """The curvature that a layer is preconditioned by, [groups, P, P]: that of `ggn.layer_ggn`.
+
+    Takes many steps.
+    """
+    curvature = preconditioner_matrix(model, kfac, layer).inverse()
+    curvature -= damping * torch.eye(len(curvature))
+    orders = matrix_order(model.get_submodule(layer))
+    blocks = torch.stack([curvature[order][:, order] for order in orders])
+    assert relative_error(blocks.square().sum(), curvature.square().sum()) < 1e-9  # no others
+    return blocks
+
+
+def assert_the_diagonal_in_the_basis(found, block, truth):
+    """Diagonal in the eigenbasis of A and B, with the diagonal that the truth has there."""
+    vectors = (torch.linalg.eigh(f).eigenvectors for f in block)
+    basis = torch.kron(*vectors)
+    turned = basis.T @ found @ basis
+    expected = (basis.T @ truth @ basis).diagonal()
+    torch.testing.assert_close(turned, expected.diag(), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
 def test_without_sharing_the_eigenvalues_are_the_diagonal_of_the_exact_block(kfac_approx):
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
     x, y = torch.randn(9, 4), torch.randint(3, (9,))
-    kfac = KFAC(model, config(kfac_approx=kfac_approx))
+    kfac = Preconditioner(model, config(kfac_approx=kfac_approx, **SELDOM))
     step(model, kfac, x, y)
     for layer in ("0", "2", "4"):
         truth = layer_ggn(model, layer, (x,), lambda f: F.cross_entropy(f, y))
-        ekfac = corrected(kfac, layer)
-        basis = torch.kron(ekfac.gradient_basis, ekfac.input_basis)
-        diagonal = (basis.T @ truth @ basis).diagonal()
-        torch.testing.assert_close(ekfac.eigenvalues.flatten(), diagonal, rtol=1e-9, atol=1e-14)
-        plain = relative_error(kfac.curvature()[layer].to_dense(), truth)
-        assert relative_error(ekfac.to_dense(), truth) < plain
+        block = kfac.curvature()[layer]
+        (found,) = corrected(model, kfac, layer)
+        assert_the_diagonal_in_the_basis(
+            found, (block.gradient_covariance, block.input_covariance), truth
+        )
+        plain = relative_error(block.to_dense(), truth)
+        assert relative_error(found, truth) < plain
 
 
 @pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
@@ -67,23 +86,28 @@ def test_without_sharing_the_eigenvalues_are_the_diagonal_of_the_exact_block(kfa
 def test_convolutions_correct_each_group(kfac_approx, groups):
     model = nn.Sequential(nn.Conv2d(2, 4, 2, groups=groups), nn.Flatten(), nn.Linear(4, 3))
     x, y = torch.randn(9, 2, 2, 2), torch.randint(3, (9,))
-    kfac = KFAC(model, config(kfac_approx=kfac_approx))
+    kfac = Preconditioner(model, config(kfac_approx=kfac_approx, **SELDOM))
     step(model, kfac, x, y)
     truth = layer_ggn(model, "0", (x,), lambda f: F.cross_entropy(f, y))
-    inverse = kfac.state_dict()["inverses"]["0"]
-    for g, block in enumerate(truth if groups > 1 else truth[None]):
-        basis = torch.kron(inverse["B.eigenvectors"][g], inverse["A.eigenvectors"][g])
-        diagonal = (basis.T @ block @ basis).diagonal()
-        torch.testing.assert_close(
-            inverse["corrected"][g].flatten(), diagonal, rtol=1e-9, atol=1e-14
-        )
+    block = kfac.curvature()["0"]
+    a, b = block.input_covariance, block.gradient_covariance
+    factors = zip(b, a, strict=True) if groups > 1 else [(b, a)]
+    truths = truth if groups > 1 else truth[None]
+    found = corrected(model, kfac, "0")
+    for one, factor, exact in zip(found, factors, truths, strict=True):
+        assert_the_diagonal_in_the_basis(one, factor, exact)
 
 
 def test_the_preconditioner_is_the_damped_inverse():
+    """Of the curvature whose eigenvalues are the diagonal of the exact block."""
     model, x, y = nn.Sequential(nn.Linear(4, 3)), torch.randn(9, 4), torch.randint(3, (9,))
-    kfac = KFAC(model, config())
+    kfac = Preconditioner(model, config())
     plain = step(model, kfac, x, y)
-    dense = corrected(kfac, "0").to_dense() + 0.01 * torch.eye(15)
+    truth = layer_ggn(model, "0", (x,), lambda f: F.cross_entropy(f, y))
+    block = kfac.curvature()["0"]
+    factors = (block.gradient_covariance, block.input_covariance)
+    basis = torch.kron(*(torch.linalg.eigh(f).eigenvectors for f in factors))
+    dense = basis @ ((basis.T @ truth @ basis).diagonal() + 0.01).diag() @ basis.T
     joint = torch.cat([plain["0.weight"], plain["0.bias"][:, None]], 1).flatten()
     expected = torch.linalg.solve(dense, joint).reshape(3, 5)
     torch.testing.assert_close(model[0].weight.grad, expected[:, :4])
@@ -105,13 +129,13 @@ def test_shared_positions_and_intervals_resume_bit_for_bit(kfac_approx):
                     p -= 0.1 * p.grad
 
     resumed = copy.deepcopy(model)
-    run(model, KFAC(model, config(kfac_approx=kfac_approx, **options)), batches)
-    first = KFAC(resumed, config(kfac_approx=kfac_approx, **options))
+    run(model, Preconditioner(model, config(kfac_approx=kfac_approx, **options)), batches)
+    first = Preconditioner(resumed, config(kfac_approx=kfac_approx, **options))
     run(resumed, first, batches[:5])
     file = io.BytesIO()
     torch.save(first.state_dict(), file)
     file.seek(0)
-    second = KFAC(resumed, config(kfac_approx=kfac_approx, **options))
+    second = Preconditioner(resumed, config(kfac_approx=kfac_approx, **options))
     second.load_state_dict(torch.load(file, weights_only=True))
     run(resumed, second, batches[5:])
     for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
@@ -124,24 +148,17 @@ def test_it_needs_exact_damping():
 
 
 def test_a_new_damping_between_updates_keeps_the_corrected_eigenvalues():
-    def gradient(factor):
+    def curvature_at(factor):
         torch.manual_seed(1)
         model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-        kfac = KFAC(
-            model, config(factor_update_steps=10, inverse_update_steps=10, early_updates=False)
-        )
-        x, y = torch.randn(20, 4), torch.randint(3, (20,))
-        step(model, kfac, x, y)
+        kfac = Preconditioner(model, config(**SELDOM))
+        step(model, kfac, torch.randn(20, 4), torch.randint(3, (20,)))
         kfac.damping *= factor
-        plain = step(model, kfac, x, y)
-        return kfac, model, plain
+        (found,) = corrected(model, kfac, "0", kfac.damping)
+        return found, kfac.curvature()["0"].to_dense()
 
-    _, same, _ = gradient(1.0)
-    _, nearly, _ = gradient(1 + 1e-12)
-    torch.testing.assert_close(nearly[0].weight.grad, same[0].weight.grad, rtol=1e-8, atol=1e-12)
-    kfac, model, plain = gradient(3.0)
-    inverse = kfac.state_dict()["inverses"]["0"]
-    q_a, q_b = inverse["A.eigenvectors"][0], inverse["B.eigenvectors"][0]
-    joint = torch.cat([plain["0.weight"], plain["0.bias"][:, None]], 1)
-    expected = q_b @ ((q_b.T @ joint @ q_a) / (inverse["corrected"][0] + 0.03)) @ q_a.T
-    torch.testing.assert_close(model[0].weight.grad, expected[:, :-1])
+    same, plain = curvature_at(1.0)
+    for factor in (1 + 1e-12, 3.0):
+        found, _ = curvature_at(factor)
+        torch.testing.assert_close(found, same, rtol=1e-8, atol=1e-12)
+    assert relative_error(same, plain) > 1e-2

@@ -1,6 +1,5 @@
 """Numerical faults, met through the public API in the middle of training: it goes on."""
 
-import copy
 import gc
 import logging
 
@@ -8,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nets import Mean, Pool
+from observed import FAILURES, assert_same_tensors, curvature_tensors, live_tensors, state_tensors
 from torch import nn
 
-from submission.kfac import KFAC, KFACConfig, KFACError, Segments, old_inverses
+from submission.kfac import KFACConfig, KFACError, Preconditioner, Segments
 
 
 def net(dtype=torch.float64):
@@ -34,7 +34,7 @@ class Training:
 
     def __init__(self, model, settings=None, autocast=None, scale=None):
         self.model, self.autocast = model, autocast
-        self.kfac = KFAC(model, settings or config())
+        self.kfac = Preconditioner(model, settings or config())
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=bool(scale))
 
@@ -59,13 +59,8 @@ class Training:
     def values(self):
         return [p.detach().clone() for p in self.model.parameters()]
 
-    def tensors(self):
-        state = self.kfac.state_dict()
-        groups = [*state["averages"].values(), *state["inverses"].values()]
-        return [t for group in groups for t in group.values() if isinstance(t, torch.Tensor)]
-
     def assert_sound(self):
-        for tensor in [*self.values(), *self.tensors()]:
+        for tensor in [*self.values(), *state_tensors(self.kfac)]:
             assert tensor.isfinite().all()
 
 
@@ -116,7 +111,7 @@ def test_a_bad_first_batch_leaves_the_plain_gradient_or_a_finite_one(fault):
 def test_a_batch_of_nothing_but_padding_graphs_enters_nothing(kfac_approx):
     sizes = torch.tensor([3, 2, 4])
     model = Pool(None, len(sizes), "sum")
-    kfac = KFAC(model, config(kfac_approx=kfac_approx))
+    kfac = Preconditioner(model, config(kfac_approx=kfac_approx))
 
     def step(valid, kept):
         segments = Segments.from_sizes(sizes, int(sizes.sum()), valid)
@@ -130,14 +125,11 @@ def test_a_batch_of_nothing_but_padding_graphs_enters_nothing(kfac_approx):
 
     some = torch.tensor([True, True, False])
     step(some, some[:, None].expand(3, 2))
-    before = {n: dict(s) for n, s in kfac.state_dict()["averages"].items()}
-    before = {n: {k: v.clone() for k, v in s.items()} for n, s in before.items()}
+    before = curvature_tensors(kfac)
     none = torch.zeros(3, dtype=torch.bool)
     step(none, none[:, None].expand(3, 2))
     assert kfac.failures["statistics"] == 1
-    for name, sums in kfac.state_dict()["averages"].items():
-        for key, value in sums.items():
-            assert torch.equal(value, before[name][key])
+    assert_same_tensors(curvature_tensors(kfac), before)
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -169,7 +161,7 @@ def test_degenerate_factors(form, kind, dtype):
         else:
             x[..., 0] *= 1e6
         training.step(x, y)
-        assert all(tensor.isfinite().all() for tensor in training.tensors())
+        assert all(tensor.isfinite().all() for tensor in state_tensors(training.kfac))
         gradients = [p.grad for p in training.model.parameters()]
         assert all(gradient.isfinite().all() for gradient in gradients)
     assert training.kfac.failures["inverse"] == 0
@@ -186,7 +178,7 @@ def test_training_under_autocast(autocast):
     losses = [float(training.step(x, y)) for _ in range(40)]
     training.assert_sound()
     assert losses[-1] < 0.95 * losses[0]
-    assert all(tensor.dtype != autocast for tensor in training.tensors())
+    assert all(tensor.dtype != autocast for tensor in state_tensors(training.kfac))
     assert training.kfac.failures == dict.fromkeys(training.kfac.failures, 0)
 
 
@@ -198,7 +190,7 @@ def test_convolutions_have_the_same_factors_under_autocast_but_for_the_gradients
     x = torch.randn(16, 8, 6, 6, dtype=torch.float32)
     found = []
     for enabled in (False, True):
-        kfac = KFAC(model, config(kfac_approx=kfac_approx))
+        kfac = Preconditioner(model, config(kfac_approx=kfac_approx))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             with kfac.record():
                 logits = model(x)
@@ -243,17 +235,11 @@ def test_an_overflow_in_the_forward_pass_drops_its_statistics():
 # ---- memory, compiled modules ------------------------------------------------------------------
 
 
-def live_tensors():
-    gc.collect()
-    found = [o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter)]
-    return len(found), sum(t.numel() for t in found)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("decay", [0.0, 0.9])
 def test_memory_is_flat_over_2000_steps(decay, monkeypatch):
     # pytest keeps every record that is logged.
-    monkeypatch.setattr(logging.getLogger("submission.kfac.preconditioner"), "disabled", True)
+    monkeypatch.setattr(logging.root.manager, "disable", logging.WARNING)
     training = Training(net(), config(factor_decay=decay))
     for _ in range(20):
         training.step(*batch())
@@ -272,7 +258,7 @@ def test_a_compiled_model_trains_like_the_plain_one_and_compiles_once():
     model = net()
     model.load_state_dict(plain.model.state_dict())
     compiled = torch.compile(model, backend="aot_eager")
-    kfac = KFAC(compiled, plain.kfac.config)
+    kfac = Preconditioner(compiled, plain.kfac.config)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     counters.clear()
     torch._dynamo.reset()
@@ -300,10 +286,11 @@ def test_a_compiled_model_trains_like_the_plain_one_and_compiles_once():
 # ---- failures in a row, and blocks of rank one ---------------------------------------------------
 
 
-def test_inversions_that_keep_failing_end_training(monkeypatch):
+@pytest.mark.parametrize("how", list(FAILURES))
+def test_inversions_that_keep_failing_end_training(how, monkeypatch):
     training = Training(net(), config(max_failures=3))
     training.step(*batch())
-    monkeypatch.setattr("submission.kfac.renewal.invert_all", lambda *args, **kwargs: {})
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", FAILURES[how])
     training.step(*batch())
     training.step(*batch())
     with pytest.raises(KFACError, match="3 K-FAC updates in a row failed"):
@@ -328,7 +315,9 @@ def test_norms_of_a_single_example_are_preconditioned_downhill(damping):
         model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)).float()
         with torch.no_grad():
             model[2].weight *= 100
-        kfac = KFAC(model, config(damping=damping, factor_decay=0.0, fisher_type="type-2"))
+        kfac = Preconditioner(
+            model, config(damping=damping, factor_decay=0.0, fisher_type="type-2")
+        )
         x = torch.randn(1, 4, dtype=torch.float32)
         with kfac.record():
             logits = model(x)
@@ -346,80 +335,47 @@ def test_norms_of_a_single_example_are_preconditioned_downhill(damping):
 def test_a_damping_that_float32_cannot_divide_by_is_refused(damping):
     with pytest.raises(ValueError, match="at least 1e-30"):
         KFACConfig(damping=damping)
-    kfac = KFAC(net())
+    kfac = Preconditioner(net())
     with pytest.raises(ValueError, match="at least 1e-30"):
         kfac.damping = damping
     assert kfac.damping == KFACConfig().damping
 
 
-@pytest.mark.parametrize("smallest_side", [1, 512])  # from which on old inverses are packed
-def test_memory_that_runs_out_in_an_inversion_keeps_the_old_inverse(smallest_side, monkeypatch):
-    monkeypatch.setattr(old_inverses, "SMALLEST_SIDE", smallest_side)
-    training = Training(net())
-    training.step(*batch())
+@pytest.mark.parametrize("every", [2, 2000])  # the inverse meets few vectors, or many
+@pytest.mark.parametrize("fault", ["forward pass", "no loss"])
+def test_inverses_outlive_a_recording_that_comes_to_nothing(fault, every):
+    """Also those of large sides, in a step that is due to renew them."""
+    model = nn.Linear(600, 3)
+    settings = config(inverse_update_steps=every, damping_kind="both_factors", early_updates=True)
+    kfac = Preconditioner(model, settings)
 
-    def out(*args, **options):
-        raise torch.OutOfMemoryError("no memory left")
-
-    monkeypatch.setattr(torch.linalg, "cholesky_ex", out)
-    before = {n: dict(i) for n, i in training.kfac.state_dict()["inverses"].items() if n == "0"}
-    training.step(*batch())
-    assert training.kfac.failures["inverse"] == 1
-    after = training.kfac._state.inverses["0"]
-    assert before["0"].keys() == after.keys() != set()
-    assert all(torch.equal(value, before["0"][key]) for key, value in after.items())
-
-
-@pytest.mark.parametrize("every", [2, 20])  # by products with the inverse from some number on
-@pytest.mark.parametrize("damping_kind", ["both_factors", "exact"])
-def test_old_inverses_are_packed_in_the_steps_that_renew_them(damping_kind, every, monkeypatch):
-    """Whatever comes between record and precondition, they are there when they are needed."""
-    monkeypatch.setattr(old_inverses, "SMALLEST_SIDE", 1)
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-    settings = config(
-        inverse_update_steps=every, early_updates=False, kfac_approx="expand",
-        damping_kind=damping_kind,
-    )  # fmt: skip
-    kfac = KFAC(model, settings)
-
-    def held():
-        return {(n, key) for n, inverse in kfac._state.inverses.items() for key in inverse}
-
-    def step(update=True):
+    def forward():
         with kfac.record():
-            logits = model(torch.randn(60, 4))
-        during = held()
-        if update:
-            kfac.update(logits, "categorical")
-        logits.square().mean().backward()
+            return model(torch.randn(5, 600))
+
+    logits = forward()
+    kfac.update(logits, "categorical")
+    logits.square().mean().backward()
+    kfac.precondition()
+    before = curvature_tensors(kfac)
+    assert kfac.inverses_due  # an early update
+    if fault == "forward pass":
+        with pytest.raises(ZeroDivisionError), kfac.record():
+            model(torch.randn(5, 600)).sum() / (1 // 0)
+    else:
+        forward()
+    with pytest.raises(RuntimeError, match="this step updates the factors"):
         kfac.precondition()
-        return during
-
-    step()
-    everything = held()
-    assert everything
-    assert step() == everything  # renews nothing
-    packed = {(name, key) for name, key in everything if key.endswith((".inverse", ".cholesky"))}
-    assert bool(packed) == (damping_kind == "both_factors")
-    before = copy.deepcopy(kfac.state_dict()["inverses"])
-    kfac._state.averages.clear()  # so that nothing can be renewed
-    kfac._state.step = every
-    assert step(update=False) == everything - packed
-    assert_equal(kfac.state_dict()["inverses"], before)
-    kfac._state.step = every
-    with pytest.raises(ZeroDivisionError), kfac.record():
-        model(torch.randn(60, 4)).sum() / (1 // 0)
-    assert held() == everything - packed
-    assert_equal(kfac.state_dict()["inverses"], before)
-    step()
-    assert held() == everything
-    with pytest.raises(AssertionError):
-        assert_equal(kfac.state_dict()["inverses"], before)
-
-
-def assert_equal(inverses, others):
-    assert inverses.keys() == others.keys()
-    for name, inverse in inverses.items():
-        assert inverse.keys() == others[name].keys()
-        for key, value in inverse.items():
-            assert torch.equal(value, others[name][key])
+    assert_same_tensors(curvature_tensors(kfac), before)
+    logits = forward()
+    kfac.update(logits, "categorical", mask=torch.zeros(5))  # no term: the update is dropped
+    model.zero_grad()
+    logits.square().mean().backward()
+    plain = torch.cat([model.weight.grad, model.bias.grad[:, None]], 1)
+    kfac.precondition()
+    assert_same_tensors(curvature_tensors(kfac), before)
+    a, b = (before[f".{side}_covariance"] for side in ("input", "gradient"))
+    a, b = (factor + 0.1 * torch.eye(len(factor)) for factor in (a, b))
+    expected = torch.linalg.solve(a, torch.linalg.solve(b, plain).T).T
+    torch.testing.assert_close(model.weight.grad, expected[:, :-1])
+    torch.testing.assert_close(model.bias.grad, expected[:, -1])

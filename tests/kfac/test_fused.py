@@ -8,18 +8,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
-from submission.kfac import KFAC, KFACConfig, Positions, curvature
-from submission.kfac.capture import Recording
-from submission.kfac.partition import partition
-
-
-def record(model, *args, **kwargs):
-    """Outputs of a model while it is recorded, and the recording."""
-    parts = partition(model, approx="expand", joint_bias=True, max_factor_side=100).parts
-    recording = Recording(model, parts)
-    with recording:
-        output = model(*args, **kwargs)
-    return output, recording
+from submission.kfac import KFACConfig, Positions, Preconditioner, curvature
 
 
 def flat_tensors(output):
@@ -29,16 +18,23 @@ def flat_tensors(output):
 
 
 def assert_same_outputs(model, *args, **kwargs):
+    """While the model is recorded. Returns what the preconditioner reports after an update."""
     torch.manual_seed(5)
     expected = flat_tensors(model(*args, **kwargs))
+    kfac = Preconditioner(model, KFACConfig())
     torch.manual_seed(5)
-    recorded, recording = record(model, *args, **kwargs)
+    with kfac.record():
+        recorded = model(*args, **kwargs)
     got = flat_tensors(recorded)
     assert len(got) == len(expected)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert "forward" not in vars(model)
-    return recording
+    kfac.update(got[0], "gaussian")
+    got[0].square().sum().backward()
+    kfac.precondition()
+    assert not any(kfac.failures.values())
+    return kfac.report()
 
 
 ATTENTION = {
@@ -64,9 +60,14 @@ def test_attention_computes_the_same(case):
     model = nn.MultiheadAttention(6, 2, **options)
     sizes = (6, options.get("kdim", 6), options.get("vdim", 6))
     shape = (2, 4) if options.get("batch_first") else (4, 2)
-    recording = assert_same_outputs(model, *(torch.randn(*shape, s) for s in sizes), **call)
-    assert set(recording.calls) == {"in_proj.q", "in_proj.k", "in_proj.v", "out_proj"}
-    assert set(recording.calls.values()) == {1}
+    rows = assert_same_outputs(model, *(torch.randn(*shape, s) for s in sizes), **call)
+    layers = [row for row in rows if row.preconditioner == "K-FAC-expand"]
+    assert len(layers) == 4  # query, key, value, output
+    assert {row.sharing for row in layers} <= {"4 positions", "2 positions"}
+    assert {row.name for row in rows} - {row.name for row in layers} <= {"bias_k", "bias_v"}
+    bias = int(options.get("bias", True))
+    sides = sorted(f"{size + bias} x 6" for size in (*sizes, 6))
+    assert sorted(row.sides for row in layers) == sides
 
 
 def test_unbatched_attention_computes_the_same():
@@ -93,9 +94,12 @@ def test_recurrent_layers_compute_the_same(case, state):
     hidden = torch.randn(count, 2, 4)
     hx = ((hidden, torch.randn(count, 2, 4)) if layer is nn.LSTM else hidden) if state else None
     shape = (2, 5, 3) if options.get("batch_first") else (5, 2, 3)
-    recording = assert_same_outputs(model, torch.randn(shape), hx)
-    assert recording.calls["weight_ih_l0"] == 1
-    assert recording.calls["weight_hh_l0"] == 5
+    rows = assert_same_outputs(model, torch.randn(shape), hx)
+    assert {row.preconditioner for row in rows} == {"K-FAC-expand"}
+    both_ways = 2 if options.get("bidirectional") else 1
+    assert len(rows) == 2 * both_ways * options.get("num_layers", 1)
+    for row in rows:
+        assert ("5 positions" if "weight_ih" in row.name else "5 calls") in row.sharing
 
 
 @pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU])
@@ -138,18 +142,29 @@ def test_padding_of_packed_sequences_does_not_count(layer, kfac_approx):
 
 @pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
 def test_one_step_of_a_recurrent_layer_is_exact(layer):
-    model = Last(layer(3, 2, batch_first=True))
+    assert_one_step_is_exact(Last(layer(3, 2, batch_first=True)), ("ih", "hh"))
+
+
+def test_one_step_of_an_lstm_with_projections_is_exact():
+    model = Last(nn.LSTM(3, 4, proj_size=2, batch_first=True))
+    model.head = nn.Linear(2, 2)
+    assert_one_step_is_exact(model, ("ih", "hh", "hr"))
+
+
+def assert_one_step_is_exact(model, maps):
+    """Of one example: a product of vectors."""
     x = torch.randn(1, 1, 3)
     blocks = curvature(model, x, likelihood="gaussian", kfac_approx="reduce", fisher_type="type-2")
-    for which in ("ih", "hh"):
+    for which in maps:
         name = f"layer.weight_{which}_l0"
-        names = [name, name.replace("weight", "bias")]
+        names = [name] if which == "hr" else [name, name.replace("weight", "bias")]
         truth = exact_ggn(model, names, (x,), lambda f: F.mse_loss(f, torch.zeros_like(f)))
         rows, columns = model.get_parameter(name).shape
         index = torch.arange(truth.shape[0])
-        order = torch.cat(
-            [index[: rows * columns].reshape(rows, columns), index[rows * columns :, None]], 1
-        ).flatten()
+        order = index[: rows * columns].reshape(rows, columns)
+        if len(names) == 2:
+            order = torch.cat([order, index[rows * columns :, None]], 1)
+        order = order.flatten()
         assert relative_error(blocks[name].to_dense(), truth[order][:, order]) <= 1e-12
 
 
@@ -164,6 +179,13 @@ class Attend(nn.Module):
         return self.attention(x, x, x)[0].mean(1)
 
 
+def projections(blocks):
+    """Of query, key and value."""
+    found = [block for name, block in blocks.items() if name.startswith("attention.in_proj")]
+    assert len(found) == 3
+    return found
+
+
 def test_attention_of_one_token_is_exact_for_value_and_output():
     # One token attends to itself with weight one: value and output projections are linear layers.
     model, x = Attend(), torch.randn(5, 1, 4)
@@ -176,14 +198,15 @@ def test_attention_of_one_token_is_exact_for_value_and_output():
     )
     weight = torch.arange(48).reshape(12, 4)[8:]
     order = torch.cat([weight, 48 + torch.arange(8, 12)[:, None]], 1).flatten()
-    value = blocks["attention.in_proj.v"].to_dense()
-    assert relative_error(value, truth[order][:, order]) <= 1e-12
-    assert blocks["attention.in_proj.q"].gradient_covariance.norm() < 1e-12
+    query, key, value = projections(blocks)
+    assert relative_error(value.to_dense(), truth[order][:, order]) <= 1e-12
+    assert query.gradient_covariance.norm() < 1e-12
+    assert key.gradient_covariance.norm() < 1e-12
 
 
 def test_gradients_of_slices_are_written_to_their_rows():
     model, x = Attend(), torch.randn(5, 3, 4)
-    kfac = KFAC(model, KFACConfig(damping=0.1, damping_kind="both_factors"))
+    kfac = Preconditioner(model, KFACConfig(damping=0.1, damping_kind="both_factors"))
     with kfac.record():
         out = model(x)
     kfac.update(out, "gaussian")
@@ -191,8 +214,7 @@ def test_gradients_of_slices_are_written_to_their_rows():
     weight = model.attention.in_proj_weight.grad.clone()
     bias = model.attention.in_proj_bias.grad.clone()
     kfac.precondition()
-    for i, name in enumerate("qkv"):
-        block = kfac.curvature()[f"attention.in_proj.{name}"]
+    for i, block in enumerate(projections(kfac.curvature())):
         a, b = (
             f + 0.1 * torch.eye(len(f)) for f in (block.input_covariance, block.gradient_covariance)
         )
@@ -207,10 +229,13 @@ def test_transformer_encoder_layers_have_no_parameter_left_over():
     model = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
     x = torch.randn(3, 5, 4)
     blocks = curvature(model, x, likelihood="gaussian", kfac_approx="expand")
-    assert set(blocks) == {
-        "self_attn.in_proj.q", "self_attn.in_proj.k", "self_attn.in_proj.v", "self_attn.out_proj",
-        "linear1", "linear2", "norm1", "norm2",
+    inputs = [name for name in blocks if name.startswith("self_attn.in_proj")]
+    assert len(inputs) == 3  # query, key, value
+    assert set(blocks) - set(inputs) == {
+        "self_attn.out_proj", "linear1", "linear2", "norm1", "norm2",
     }  # fmt: skip
+    sides = [(blocks[name].input_covariance, blocks[name].gradient_covariance) for name in inputs]
+    assert [(a.shape, b.shape) for a, b in sides] == [((5, 5), (4, 4))] * 3
 
 
 # ---- models that use fused modules in unusual ways ----------------------------------------------
@@ -237,7 +262,7 @@ def test_inside_a_checkpoint_a_fused_module_stays_as_it_is(kind, caplog):
     model, plain = Recurring(kind, True), Recurring(kind, False)
     plain.load_state_dict(model.state_dict())
     x = torch.randn(5, 3, 4)
-    kfac = KFAC(model, KFACConfig("reduce", fisher_type="type-2"))
+    kfac = Preconditioner(model, KFACConfig("reduce", fisher_type="type-2"))
     with kfac.record():
         logits = model(x)
     kfac.update(logits, "categorical")
@@ -306,7 +331,7 @@ def test_a_mask_of_positions_reaches_every_time_step():
 def test_the_setting_is_detected_with_fused_modules(logits_of):
     model = Attending(True)
     model.forward = lambda x: model.head(logits_of(model.attention(x, x, x)[0]))
-    kfac = KFAC(model, KFACConfig("auto", fisher_type="type-2"))
+    kfac = Preconditioner(model, KFACConfig("auto", fisher_type="type-2"))
     x = torch.randn(5, 3, 4)
     with kfac.record():
         logits = model(x)
@@ -328,64 +353,138 @@ def test_the_setting_is_detected_with_fused_modules(logits_of):
             )
 
 
-def weight_normed(module, name):
-    return nn.utils.parametrizations.weight_norm(module, name)
+class First(nn.Module):
+    """The first output of a module, averaged over positions, times a number."""
+
+    def __init__(self, layer, scale=1.0):
+        super().__init__()
+        self.layer, self.scale = layer, scale
+
+    def forward(self, x):
+        arguments = (x, x, x) if isinstance(self.layer, nn.MultiheadAttention) else (x,)
+        return self.scale * self.layer(*arguments)[0].mean(1)
 
 
-def patched(module):
-    original = module.forward
-    module.forward = lambda *a, **k: (original(*a, **k)[0] * 2, None)
-    return module
-
-
-UNUSUAL = {
-    "projections": (lambda: nn.LSTM(4, 4, proj_size=2, batch_first=True), "projections"),
-    "weight norm, recurrent": (
-        lambda: weight_normed(nn.GRU(4, 4), "weight_hh_l0"), "parametrisation",
-    ),
-    "weight norm, attention": (
-        lambda: weight_normed(nn.MultiheadAttention(4, 2), "in_proj_weight"), "parametrisation",
-    ),
-    "forward of the instance": (lambda: patched(nn.GRU(4, 4)), "replaced on the instance"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", list(UNUSUAL))
-def test_fused_modules_that_are_not_handled_run_as_they_are(case):
-    make, reason = UNUSUAL[case]
-    module = make()
-
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = module
-
-        def forward(self, x):
-            arguments = (x, x, x) if isinstance(module, nn.MultiheadAttention) else (x,)
-            return self.layer(*arguments)[0].mean(1)
-
-    model, x = Net(), torch.randn(5, 3, 4)
-    own_forward = vars(module).get("forward")
+def reasons_after_a_step(model, x):
+    """Name of a block without factors -> why."""
     expected = model(x)
-    kfac = KFAC(model, KFACConfig())
+    kfac = Preconditioner(model, KFACConfig())
     with kfac.record():
         logits = model(x)
     torch.testing.assert_close(logits, expected)
-    assert vars(module).get("forward") is own_forward
     kfac.update(logits, "gaussian")
     logits.square().sum().backward()
     kfac.precondition()
-    assert any(reason in row.reason for row in kfac.report())
+    return {row.name: row.reason for row in kfac.report() if row.reason}
 
 
-def test_modules_that_are_excluded_are_not_unrolled():
-    model = Attending(True)
-    kfac = KFAC(model, KFACConfig(exclude=("recurrent",)))
+@pytest.mark.parametrize(
+    ("layer", "weight"),
+    [
+        (lambda: nn.MultiheadAttention(4, 2, batch_first=True), "in_proj_weight"),
+        (lambda: nn.GRU(4, 4), "weight_hh_l0"),
+    ],
+    ids=["attention", "recurrent"],
+)
+def test_a_weight_norm_is_a_weight_that_is_computed(layer, weight):
+    model = First(nn.utils.parametrizations.weight_norm(layer(), weight))
+    x, originals = torch.randn(5, 3, 4), f"layer.parametrizations.{weight}.original"
+    reasons = reasons_after_a_step(model, x)
+    blocks = curvature(model, x, likelihood="gaussian", kfac_approx="expand", fisher_type="type-2")
+    for name in (originals + "0", originals + "1"):
+        assert "used in torch's `weight_norm`" in reasons[name]
+        truth = exact_ggn(model, [name], (x,), lambda f: F.mse_loss(f, torch.zeros_like(f)))
+        torch.testing.assert_close(blocks[name].diagonal.flatten(), truth.diagonal())
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+def test_a_forward_that_was_replaced_is_seen_through(kfac_approx):
+    plain, patched = First(nn.GRU(4, 4), scale=2.0), First(nn.GRU(4, 4))
+    patched.load_state_dict(plain.state_dict())
+    original = patched.layer.forward
+    replacement = lambda *args: (2 * original(*args)[0], None)  # noqa: E731
+    patched.layer.forward = replacement
+    x = torch.randn(5, 3, 4)
+    options = {"likelihood": "gaussian", "kfac_approx": kfac_approx, "fisher_type": "type-2"}
+    expected = curvature(plain, x, **options)
+    assert expected.keys() == {"layer.weight_ih_l0", "layer.weight_hh_l0"}
+    for name, block in curvature(patched, x, **options).items():
+        torch.testing.assert_close(block.to_dense(), expected[name].to_dense())
+    assert patched.layer.forward is replacement
+
+
+class Cells(nn.Module):
+    """A cell, step by step; positions are the second dimension."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x):
+        state, outputs = None, []
+        for step in x.unbind(1):
+            state = self.cell(step, state)
+            outputs.append(state[0] if isinstance(state, tuple) else state)
+        return torch.stack(outputs, 1)
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+@pytest.mark.parametrize(
+    ("cell", "layer"),
+    [
+        (nn.LSTMCell, nn.LSTM),
+        (nn.GRUCell, nn.GRU),
+        (nn.RNNCell, nn.RNN),
+        (
+            lambda *sizes: nn.RNNCell(*sizes, nonlinearity="relu"),
+            lambda *sizes, **k: nn.RNN(*sizes, nonlinearity="relu", **k),
+        ),
+    ],
+    ids=["lstm", "gru", "tanh", "relu"],
+)
+def test_cells_have_the_factors_of_their_layer(cell, layer, kfac_approx):
+    model, whole = Cells(cell(3, 4)), nn.Sequential(layer(3, 4, batch_first=True), Output())
+    for name, parameter in model.cell.named_parameters():
+        whole[0].get_parameter(name + "_l0").data.copy_(parameter.data)
+    x = torch.randn(5, 6, 3)
+    torch.testing.assert_close(model(x), whole(x))
+    options = {"likelihood": "gaussian", "kfac_approx": kfac_approx, "fisher_type": "type-2"}
+    found, expected = (curvature(m, x, **options) for m in (model, whole))
+    assert found.keys() == {"cell.weight_ih", "cell.weight_hh"}
+    for name, block in found.items():
+        same = expected[name.replace("cell", "0") + "_l0"]
+        torch.testing.assert_close(block.input_covariance, same.input_covariance)
+        torch.testing.assert_close(block.gradient_covariance, same.gradient_covariance)
+
+
+class Output(nn.Module):
+    """Of a recurrent layer, without its state."""
+
+    def forward(self, outputs):
+        return outputs[0]
+
+
+def test_modules_that_are_excluded_run_as_they_are():
+    model, x = Attending(True), torch.randn(2, 3, 4)
+    kfac, outputs = Preconditioner(model, KFACConfig(exclude=("recurrent",))), []
+    model.recurrent.register_forward_hook(lambda module, args, out: outputs.append((args, out[0])))
     with kfac.record():
-        assert "forward" not in vars(model.recurrent)
-        assert "forward" in vars(model.attention)
-        model(torch.randn(2, 3, 4))
+        logits = model(x)
+    kfac.update(logits, "categorical")
+    logits.square().sum().backward()
+    kfac.precondition()
+    ((args, recorded),) = outputs
+    assert torch.equal(recorded, type(model.recurrent).forward(model.recurrent, *args)[0])
     assert "forward" not in vars(model.attention)
+    rows = {row.name: row for row in kfac.report()}
+    inside = [row for name, row in rows.items() if name.startswith("recurrent")]
+    assert sum(row.parameters for row in inside) == sum(
+        p.numel() for p in model.recurrent.parameters()
+    )
+    assert not any(row.preconditioner.startswith("K-FAC") for row in inside)
+    assert all(row.reason for row in inside)
+    attention = [row for name, row in rows.items() if name.startswith("attention")]
+    assert {row.preconditioner for row in attention} == {"K-FAC-expand"}
 
 
 def test_a_recurrent_layer_that_is_called_later_becomes_a_layer_then():
@@ -402,7 +501,9 @@ def test_a_recurrent_layer_that_is_called_later_becomes_a_layer_then():
             return self.head((self.layer(x)[0] if self.used else x).mean(1))
 
     model = Late()
-    kfac = KFAC(model, KFACConfig(factor_update_steps=1, inverse_update_steps=1, factor_decay=0.5))
+    kfac = Preconditioner(
+        model, KFACConfig(factor_update_steps=1, inverse_update_steps=1, factor_decay=0.5)
+    )
     for step in range(5):
         model.used = step >= 2
         model.zero_grad()

@@ -3,11 +3,20 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from ggn import exact_ggn, loss_hessian
+from ggn import exact_ggn
 from nets import Mean, SpatialMean
+from observed import state_tensors
 from torch import nn
 
-from submission.kfac import KFAC, Categorical, KFACConfig, curvature
+from submission.kfac import (
+    Categorical,
+    DiagonalCurvature,
+    KFACConfig,
+    Positions,
+    Preconditioner,
+    UnitwiseCurvature,
+    curvature,
+)
 
 
 def check_unitwise(model, layer, x, class_dim=-1):
@@ -76,15 +85,18 @@ def test_batch_norm_on_vectors_with_running_statistics():
 
 
 class WithPositions(nn.Module):
+    """Parameters that are added, multiplied by, and used in some other way."""
+
     def __init__(self):
         super().__init__()
         self.linear = nn.Linear(3, 4)
         self.positions = nn.Parameter(torch.randn(1, 2, 4))
         self.scale = nn.Parameter(torch.randn(()))
+        self.other = nn.Parameter(torch.randn(2, 1))
         self.head = nn.Linear(4, 3)
 
     def forward(self, x):
-        h = torch.tanh(self.linear(x) + self.positions)
+        h = torch.tanh(self.linear(x) + self.positions) + self.other.sinh()
         return self.head(h.mean(1)) * self.scale
 
 
@@ -94,17 +106,31 @@ def exact_diagonal(model, name, x):
     return truth.diagonal().reshape(dict(model.named_parameters())[name].shape)
 
 
-@pytest.mark.parametrize("name", ["positions", "scale"])
-def test_diagonal_of_parameters_outside_layers_is_exact_with_all_outputs(name):
+def diagonal_of(block, kind):
+    assert isinstance(block, kind)
+    return (block.blocks if kind is UnitwiseCurvature else block.diagonal).flatten()
+
+
+KINDS = [
+    ("positions", UnitwiseCurvature),
+    ("scale", UnitwiseCurvature),
+    ("other", DiagonalCurvature),
+]
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_parameters_outside_layers_are_exact_with_all_outputs(name, kind, kfac_approx):
     model, x = WithPositions(), torch.randn(5, 2, 3)
     block = curvature(
-        model, x, likelihood="categorical", kfac_approx="expand", fisher_type="type-2"
+        model, x, likelihood="categorical", kfac_approx=kfac_approx, fisher_type="type-2"
     )[name]
-    torch.testing.assert_close(block.diagonal, exact_diagonal(model, name, x))
+    truth = exact_diagonal(model, name, x).flatten()
+    torch.testing.assert_close(diagonal_of(block, kind), truth)
 
 
-@pytest.mark.parametrize("name", ["positions", "scale"])
-def test_diagonal_of_parameters_outside_layers_is_unbiased_with_samples(name):
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_parameters_outside_layers_are_unbiased_with_samples(name, kind):
     model, x = WithPositions(), torch.randn(5, 2, 3)
     generator = torch.Generator().manual_seed(0)
     samples = 4000
@@ -116,13 +142,13 @@ def test_diagonal_of_parameters_outside_layers_is_unbiased_with_samples(name):
         mc_samples=samples,
         generator=generator,
     )[name]
-    truth = exact_diagonal(model, name, x)
+    truth = exact_diagonal(model, name, x).flatten()
     # A squared sum of about Gaussian gradients has a relative standard deviation of √2.
-    assert (block.diagonal / truth - 1).abs().max() < 5 * (2 / samples) ** 0.5
+    assert (diagonal_of(block, kind) / truth - 1).abs().max() < 5 * (2 / samples) ** 0.5
 
 
 class Table(nn.Module):
-    """A table of embeddings as a bare parameter, as in some recommendation models."""
+    """Rows of a parameter, in an operation that has no block with factors."""
 
     def __init__(self, rows=50, features=4):
         super().__init__()
@@ -130,7 +156,7 @@ class Table(nn.Module):
         self.head = nn.Linear(features, 3)
 
     def forward(self, index):
-        return self.head(self.table[index])
+        return self.head(self.table.sinh()[index])
 
 
 @pytest.mark.parametrize("fisher_type", ["type-2", "mc", "empirical"])
@@ -155,96 +181,24 @@ def test_a_large_parameter_is_preconditioned_and_resumed_by_row():
     torch.manual_seed(1)
     model, index = Table(), torch.arange(0, 20)
     settings = KFACConfig(damping=0.1, max_factor_side=10, factor_decay=0.5, early_updates=False)
-    kfac = KFAC(model, settings)
+    kfac = Preconditioner(model, settings)
     with kfac.record():
         logits = model(index)
     kfac.update(logits, "categorical")
     logits.square().sum().backward()
     gradient = model.table.grad.clone()
     kfac.precondition()
-    assert kfac.state_dict()["averages"]["table"]["F"].shape == (50, 1)
+    saved = [tensor.numel() for tensor in state_tensors(kfac)]
+    assert max(saved) == 50 < model.table.numel()  # a number for each row
     diagonal = kfac.curvature()["table"].diagonal
     torch.testing.assert_close(model.table.grad, gradient / (diagonal + 0.1))
     row = next(row for row in kfac.report() if row.name == "table")
     assert row.preconditioner == "diagonal, by row"
-    again = KFAC(model, settings)
+    again = Preconditioner(model, settings)
     again.load_state_dict(kfac.state_dict())
     model.table.grad = gradient.clone()
     again.precondition()
     torch.testing.assert_close(model.table.grad, gradient / (diagonal + 0.1))
-
-
-# ---- parameters that are used besides their layer's calls, and complex ones ---------------------
-
-
-class HandTied(nn.Module):
-    """An embedding whose weight is multiplied with by hand for the logits, as in some GPTs."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.middle = nn.Embedding(6, 3), nn.Linear(3, 3)
-
-    def forward(self, x):
-        return self.middle(self.embedding(x)) @ self.embedding.weight.T
-
-
-class CalledByHand(nn.Module):
-    """A layer that is called as a module and besides through its forward method."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.middle = nn.Embedding(6, 3), nn.Linear(3, 6)
-
-    def forward(self, x):
-        h = self.embedding(x)
-        return self.middle.forward(h) + 0.5 * self.middle(h)
-
-
-class Force(nn.Module):
-    """The gradient of an energy with respect to positions, as in interatomic potentials."""
-
-    def __init__(self):
-        super().__init__()
-        self.middle, self.embedding = nn.Linear(3, 4), nn.Embedding(6, 3)
-
-    def forward(self, x):
-        h = self.embedding(x)
-        energy = self.middle(h).tanh().sum()
-        (force,) = torch.autograd.grad(energy, h, create_graph=True)
-        return force
-
-
-@pytest.mark.parametrize(
-    ("model_class", "layer"),
-    [(HandTied, "embedding"), (CalledByHand, "middle"), (Force, "middle")],
-    ids=["hand tied", "called by hand", "gradient as output"],
-)
-def test_a_weight_with_other_uses_has_the_diagonal_of_all_of_them(model_class, layer, caplog):
-    model, x, name = model_class(), torch.randint(6, (4, 1)), f"{layer}.weight"
-    found = curvature(
-        model, x, likelihood="categorical", kfac_approx="expand", fisher_type="type-2"
-    )
-    assert layer not in found
-    logits, weight = model(x), model.get_parameter(name)
-    jacobian = torch.stack([
-        torch.autograd.grad(value, weight, retain_graph=True)[0].flatten()
-        for value in logits.flatten()
-    ])  # fmt: skip
-    targets = torch.zeros(4, dtype=int)
-    hessian = loss_hessian(logits, lambda f: F.cross_entropy(f.flatten(0, -2), targets))
-    truth = (jacobian.T @ hessian @ jacobian).diagonal()
-    torch.testing.assert_close(found[name].diagonal.flatten(), truth, rtol=1e-10, atol=1e-14)
-    kfac = KFAC(model, KFACConfig(fisher_type="type-2"))
-    for _ in range(2):
-        with kfac.record():
-            logits = model(x)
-        kfac.update(logits, "categorical")
-        logits.square().sum().backward()
-        kfac.precondition()
-    rows = {row.name: row for row in kfac.report()}
-    assert rows[name].preconditioner == "diagonal"
-    assert rows[name].reason
-    assert layer in caplog.text
 
 
 def test_a_complex_parameter_keeps_its_imaginary_gradient():
@@ -259,7 +213,7 @@ def test_a_complex_parameter_keeps_its_imaginary_gradient():
 
     model, x = Spectral(), torch.randn(6, 4)
     settings = KFACConfig(fisher_type="type-2", damping=0.1)
-    kfac = KFAC(model, settings)
+    kfac = Preconditioner(model, settings)
     with kfac.record():
         logits = model(x)
     kfac.update(logits, "gaussian")
@@ -279,7 +233,7 @@ def test_a_complex_parameter_keeps_its_imaginary_gradient():
     )
     torch.testing.assert_close(diagonal, squares / logits.numel())
     torch.testing.assert_close(torch.view_as_real(model.scale.grad), plain / (diagonal + 0.1))
-    adam = KFAC(model, KFACConfig(direction="eigenbasis_adam", damping_kind="exact"))
+    adam = Preconditioner(model, KFACConfig(direction="eigenbasis_adam", damping_kind="exact"))
     with adam.record():
         logits = model(x)
     adam.update(logits, "gaussian")
@@ -292,7 +246,7 @@ def test_a_complex_parameter_keeps_its_imaginary_gradient():
 
 def test_sparse_gradients_are_left_as_they_are_and_the_report_says_so():
     model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2))
-    kfac = KFAC(model, KFACConfig())
+    kfac = Preconditioner(model, KFACConfig())
     with kfac.record():
         logits = model(torch.tensor([1, 1, 2, 3]))
     kfac.update(logits, "gaussian")
@@ -313,10 +267,10 @@ def test_several_parameters_by_row_are_preconditioned_each_alone():
             self.second = nn.Parameter(torch.randn(100, 4))
 
         def forward(self, index):
-            return self.first[index] + self.second[index] ** 2
+            return self.first.sinh()[index] + self.second.sinh()[index] ** 2
 
     model = Tables()
-    kfac = KFAC(model, KFACConfig(damping=0.1, max_factor_side=10))
+    kfac = Preconditioner(model, KFACConfig(damping=0.1, max_factor_side=10))
     with kfac.record():
         logits = model(torch.arange(20))
     kfac.update(logits, "gaussian")
@@ -326,3 +280,33 @@ def test_several_parameters_by_row_are_preconditioned_each_alone():
     diagonals = [kfac.curvature()[name].diagonal for name in ("first", "second")]
     for p, g, d in zip(model.parameters(), plain, diagonals, strict=True):
         torch.testing.assert_close(p.grad, g / (d + 0.1))
+
+
+class Layout(nn.Module):
+    """A scale and a shift of values whose examples are in the second dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(3, 4), nn.Linear(4, 3)
+        self.scale, self.shift = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(2, 1, 4))
+
+    def forward(self, x):
+        h = torch.tanh(self.inner(x).transpose(0, 1) * self.scale) + self.shift
+        return self.outer(h.tanh().mean(0))
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+@pytest.mark.parametrize("is_stated", [True, False])
+def test_examples_in_another_dimension_are_stated_or_the_diagonal_is_used(is_stated, kfac_approx):
+    model, x = Layout(), torch.randn(5, 2, 3)
+    rule = {name: Positions(batch_dim=1) for name in ("scale", "shift")}
+    found = curvature(
+        model, x, likelihood="categorical", kfac_approx=kfac_approx, fisher_type="type-2",
+        sharing=rule if is_stated else None,
+    )  # fmt: skip
+    kind = UnitwiseCurvature if is_stated else DiagonalCurvature
+    truth = exact_diagonal(model, "scale", x).flatten()
+    torch.testing.assert_close(diagonal_of(found["scale"], kind), truth)
+    # A shift with entries of its own in the first dimension is always taken for such.
+    truth = exact_diagonal(model, "shift", x).flatten()
+    torch.testing.assert_close(diagonal_of(found["shift"], DiagonalCurvature), truth)

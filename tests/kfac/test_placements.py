@@ -1,20 +1,24 @@
 """Inverses shared out over ranks, and ranks that do not see the same: two real processes."""
 
+import logging
+import logging.handlers
 import tempfile
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from observed import NoMemoryFor, curvature_tensors, live_bytes
 from processes import joined
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from submission.kfac import KFAC, KFACConfig
-from submission.kfac.distributed import Reduction, all_reduce_sums, assign, broadcast_all
-from submission.kfac.placements import PLACEMENTS
+from submission.kfac import KFACConfig, Preconditioner
+from submission.kfac.ranks.collectives import Reduction, all_reduce_sums, assign, broadcast_all
 
 KINDS = ["pi", "exact"]
+PLACEMENTS = ["every_rank", "exchanged", "one_rank"]
 
 
 class Net(nn.Module):
@@ -42,7 +46,7 @@ def data(step, rank=None):
 
 
 def train(model, settings, steps, rank=None, before=None, kfac=None):
-    kfac = kfac or KFAC(
+    kfac = kfac or Preconditioner(
         model,
         KFACConfig(**{
             "fisher_type": "type-2", "factor_update_steps": 2, "inverse_update_steps": 4,
@@ -80,17 +84,29 @@ def _worker(rank, function, arguments, folder):
         torch.save(function(rank, *arguments), f"{folder}/{rank}.pt")
 
 
+def one_placement(rank, kind, placement):
+    before = live_bytes()
+    model = DistributedDataParallel(Net())
+    kfac = train(model, {"damping_kind": kind, "inverse_placement": placement}, range(6), rank)
+    model.zero_grad()
+    after = live_bytes()
+    layers = [row for row in kfac.report() if row.preconditioner.startswith("K-FAC")]
+    assert {row.name for row in layers} == {"conv", "wide", "last"}
+    return {
+        "parameters": {name: p.clone() for name, p in model.module.state_dict().items()},
+        "bytes": after - before,
+        "inverses": sum(row.memory for row in layers) / 2,  # the other half is the factors'
+    }
+
+
 def all_placements(rank):
-    """Parameters, and names of the inverses that are kept, by placement and damping kind."""
-    found = {}
-    for kind in KINDS:
-        for placement in PLACEMENTS:
-            model = DistributedDataParallel(Net())
-            settings = {"damping_kind": kind, "inverse_placement": placement}
-            kfac = train(model, settings, range(6), rank)
-            kept = sorted(kfac.state_dict()["inverses"])
-            found[f"{placement} {kind}"] = (model.module.state_dict(), kept)
-    return found
+    """Parameters, and how many numbers there are in memory, by placement and damping kind."""
+    one_placement(rank, KINDS[0], "exchanged")  # fills caches
+    return {
+        f"{placement} {kind}": one_placement(rank, kind, placement)
+        for kind in KINDS
+        for placement in PLACEMENTS
+    }
 
 
 def test_all_placements_give_the_parameters_of_one_process():
@@ -99,18 +115,20 @@ def test_all_placements_give_the_parameters_of_one_process():
         model = Net()
         train(model, {"damping_kind": kind}, range(6))
         for placement in PLACEMENTS:
-            kept = []
             for found in ranks:
-                parameters, names = found[f"{placement} {kind}"]
-                kept.append(set(names))
+                parameters = found[f"{placement} {kind}"]["parameters"]
                 for name, value in model.state_dict().items():
                     torch.testing.assert_close(parameters[name], value, rtol=1e-10, atol=1e-11)
-            layers = {"conv", "wide", "last"}
-            if placement == "one_rank":
-                assert not kept[0] & kept[1] & layers
-                assert (kept[0] | kept[1]) >= layers
-            else:
-                assert kept[0] == kept[1] >= layers
+        every, other, one = (
+            [found[f"{placement} {kind}"]["bytes"] for found in ranks]
+            for placement in ("every_rank", "exchanged", "one_rank")
+        )
+        assert every == other
+        saved = [a - b for a, b in zip(every, one, strict=True)]
+        assert min(saved) > 0
+        # Each of the layers' inverses is missing on one rank, and on one only.
+        inverses = ranks[0][f"one_rank {kind}"]["inverses"]
+        assert inverses <= sum(saved) <= 1.2 * inverses
 
 
 def resumed(rank):
@@ -123,7 +141,7 @@ def resumed(rank):
         kfac = train(model, settings, range(5), rank)
         saved = [kfac.state_dict()] if rank == 0 else [None]
         dist.broadcast_object_list(saved, src=0)
-        again = KFAC(model, kfac.config)
+        again = Preconditioner(model, kfac.config)
         again.load_state_dict(saved[0])
         train(model, settings, range(5, 8), rank, kfac=again)
         found[placement] = {"parameters": model.module.state_dict(), "state": saved[0]}
@@ -137,10 +155,9 @@ def test_a_checkpoint_of_rank_0_serves_all_ranks_and_one_process():
     ranks = on_two_ranks(resumed)
     for placement in PLACEMENTS:
         state = ranks[0][placement]["state"]
-        assert state["inverses_complete"] == (placement != "one_rank")
         alone = Net()
         kfac = train(alone, settings, range(5))
-        again = KFAC(alone, kfac.config)
+        again = Preconditioner(alone, kfac.config)
         again.load_state_dict(state)
         train(alone, settings, range(5, 8), kfac=again)
         everyone = [found[placement]["parameters"] for found in ranks] + [alone.state_dict()]
@@ -157,40 +174,34 @@ def different_ranks(rank):
 
     model = DistributedDataParallel(Net(), find_unused_parameters=True)
     kfac = train(model, {}, range(4), rank, before)
-    called = sorted(kfac.state_dict()["called"])
-    averages = {
-        n: {k: v.clone() for k, v in a.items()} for n, a in kfac.state_dict()["averages"].items()
-    }
-    if rank == 1:
-        from submission.kfac import collectors
-
-        def out(*args, **options):
-            raise torch.OutOfMemoryError("no memory left")
-
-        collectors.ExpandCollector.gradient = out
-    with kfac.record():
-        logits = model(data(9, rank))
-    kfac.update(logits, "gaussian")
+    called = [row.name for row in kfac.report() if row.layer == "matrix"]
+    averages, log = curvature_tensors(kfac), logging.handlers.BufferingHandler(100)
+    logging.getLogger().addHandler(log)
+    refusal = NoMemoryFor(7, 7)  # for A of a layer
+    with refusal if rank == 1 else nullcontext():
+        with kfac.record():
+            logits = model(data(9, rank))
+        kfac.update(logits, "gaussian")
+    assert refusal.refused == (rank == 1)
     logits.sum().backward()
     kfac.precondition()
-    unchanged = all(
-        torch.equal(v, kfac.state_dict()["averages"][n][k])
-        for n, a in averages.items() for k, v in a.items()
-    )  # fmt: skip
+    found = curvature_tensors(kfac)
     return {
-        "called": called, "failures": dict(kfac.failures), "unchanged": unchanged,
-        "share": kfac.state_dict()["examples_share"],
+        "called": sorted(called), "failures": dict(kfac.failures),
+        "unchanged": all(torch.equal(value, found[name]) for name, value in averages.items()),
+        "log": "".join(record.getMessage() for record in log.buffer),
         "parameters": model.module.state_dict(),
     }  # fmt: skip
 
 
 def test_ranks_that_see_different_layers_or_run_out_of_memory_stay_together():
     first, second = on_two_ranks(different_ranks)
-    assert first["called"] == second["called"] == ["conv", "last", "norm", "wide"]
+    assert first["called"] == second["called"] == ["conv", "last", "wide"]
     # Both know that memory ran out on one of them, and both halve their examples.
     assert first["failures"] == {"statistics": 0, "inverse": 0, "memory": 1}
     assert second["failures"] == {"statistics": 0, "inverse": 0, "memory": 1}
-    assert first["share"] == second["share"] == 0.5
+    assert "50 % of the examples" in first["log"]
+    assert "50 % of the examples" in second["log"]
     assert first["unchanged"]
     assert second["unchanged"]
     for name, value in first["parameters"].items():
@@ -237,9 +248,11 @@ def test_jobs_are_shared_out_largest_first():
 
 
 def test_a_single_process_keeps_everything():
-    model = Net()
-    kfac = train(model, {"inverse_placement": "one_rank"}, range(2))
-    assert {"conv", "wide", "last"} <= kfac.state_dict()["inverses"].keys()
+    models = [Net(), Net()]
+    for model, placement in zip(models, ("one_rank", "every_rank"), strict=True):
+        train(model, {"inverse_placement": placement}, range(3))
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_eigenvalue_correction_needs_all_bases():
@@ -250,9 +263,10 @@ def test_eigenvalue_correction_needs_all_bases():
 def few_layers(rank):
     """Fewer layers than ranks: one rank has no inverse of its own, ever."""
     torch.manual_seed(1)
+    before = live_bytes()
     model = nn.Sequential(nn.Linear(5, 3))
     settings = {"factor_update_steps": 10, "inverse_update_steps": 10, "early_updates": False}
-    kfac = KFAC(model, KFACConfig(inverse_placement="one_rank", **settings))
+    kfac = Preconditioner(model, KFACConfig(inverse_placement="one_rank", **settings))
     for t in range(4):
         generator = torch.Generator().manual_seed(10 * t + rank)
         with kfac.record():
@@ -266,11 +280,14 @@ def few_layers(rank):
         with torch.no_grad():
             for p in model.parameters():
                 p -= 0.1 * p.grad
-    return {"parameters": model.state_dict(), "inverses": len(kfac.state_dict()["inverses"])}
+    (row,) = kfac.report()
+    del out
+    held = live_bytes() - before
+    return {"parameters": model.state_dict(), "held": held, "inverse": row.memory / 2}
 
 
 def test_a_rank_that_owns_no_inverse_waits_for_nothing():
     first, second = on_two_ranks(few_layers)
-    assert {first["inverses"], second["inverses"]} == {0, 1}
+    assert abs(first["held"] - second["held"]) == first["inverse"]
     for key, value in first["parameters"].items():
         assert torch.equal(value, second["parameters"][key])

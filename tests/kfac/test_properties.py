@@ -8,19 +8,21 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from nets import geometry_of, padded
 from torch import nn
 
 from submission.kfac import (
-    KFAC,
     Bernoulli,
     Categorical,
     Gaussian,
     KFACConfig,
     Positions,
+    Preconditioner,
     Segments,
-    convolution,
     curvature,
+    tuning,
 )
+from submission.kfac.linalg.convolution import patches
 
 LIKELIHOODS = {"categorical": Categorical, "bernoulli": Bernoulli, "gaussian": Gaussian}
 APPROXES = ("expand", "reduce")
@@ -231,7 +233,7 @@ def test_every_block_is_symmetric_positive_semidefinite(
         fisher_type=fisher_type,
         mc_samples=2,
         targets=targets_of(likelihood, model(x)),
-        joint_bias=joint_bias,
+        bias="joint" if joint_bias else "separate",
     )
     assert blocks
     for block in blocks.values():
@@ -568,7 +570,7 @@ def test_the_reduction_of_the_loss_plays_no_role(
             inverse_update_steps=1,
         )
         copied = copy.deepcopy(model)
-        kfac = KFAC(copied, config)
+        kfac = Preconditioner(copied, config)
         with kfac.record():
             logits = copied(x)
         kfac.update(logits, likelihood, targets=targets)
@@ -594,7 +596,7 @@ def test_the_reduction_of_the_loss_plays_no_role(
 @given(convolution_layers())
 def test_patches_times_the_weight_are_the_convolution(problem):
     module, x = problem
-    rows = convolution.patches(x, convolution.geometry_of(module))
+    rows = patches.patches(padded(module, x), geometry_of(module))
     groups = module.groups
     weight = module.weight
     if module.transposed:  # [C_in, C_out / groups, *kernel]
@@ -612,16 +614,14 @@ def test_patches_times_the_weight_are_the_convolution(problem):
 @given(convolution_layers(), st.sampled_from([1, 1 << 23]))
 def test_fast_paths_agree_with_plain_patches(problem, chunk):
     module, x = problem
-    geometry, groups = convolution.geometry_of(module), module.groups
-    rows = convolution.patches(x, geometry)
-    assert rows.shape[-1] == convolution.output_positions(geometry, x.shape[2:])
+    x, geometry, groups = padded(module, x), geometry_of(module), module.groups
+    rows = patches.patches(x, geometry)
+    assert rows.shape[-1] == patches.output_positions(geometry, x.shape[2:])
     rows = rows.reshape(len(x), groups, -1, rows.shape[-1])
-    torch.testing.assert_close(
-        convolution.patch_sum(x, geometry, groups), rows.sum(-1).movedim(1, 0)
-    )
+    torch.testing.assert_close(patches.patch_sum(x, geometry, groups), rows.sum(-1).movedim(1, 0))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convolution, "PATCH_CHUNK_ELEMENTS", chunk)
-        moment = convolution.patch_second_moment(x, geometry, groups)
+        patch.setattr(tuning, "PATCH_CHUNK_ELEMENTS", chunk)
+        moment = patches.patch_second_moment(x, geometry, groups)
     torch.testing.assert_close(moment, torch.einsum("ngdr,nger->gde", rows, rows))
 
 
@@ -637,13 +637,13 @@ def test_two_dimensional_patches_are_those_of_unfold(problem):
         dilation=module.dilation,
         stride=module.stride,
     )
-    geometry = convolution.geometry_of(module)
-    torch.testing.assert_close(convolution.patches(x, geometry), expected, rtol=0, atol=0)
+    geometry, x = geometry_of(module), padded(module, x)
+    torch.testing.assert_close(patches.patches(x, geometry), expected, rtol=0, atol=0)
     per_group = expected.unflatten(1, (module.groups, -1))
     torch.testing.assert_close(
-        convolution.patch_sum(x, geometry, module.groups), per_group.sum(-1).movedim(1, 0)
+        patches.patch_sum(x, geometry, module.groups), per_group.sum(-1).movedim(1, 0)
     )
     torch.testing.assert_close(
-        convolution.patch_second_moment(x, geometry, module.groups),
+        patches.patch_second_moment(x, geometry, module.groups),
         torch.einsum("ngdr,nger->gde", per_group, per_group),
     )

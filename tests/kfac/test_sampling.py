@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from submission.kfac.sampling import sampled_indices
+from submission.kfac.fisher.sampling import sampled_indices
 
 DRAWS = 20_000
 

@@ -9,16 +9,16 @@ from nets import Mean, Pool, Tokens
 from torch import nn
 
 from submission.kfac import (
-    KFAC,
     Bernoulli,
     Categorical,
     Gaussian,
     KFACConfig,
+    Preconditioner,
     RaggedBatch,
     Segments,
     kronecker_factors,
 )
-from submission.kfac.setting import detect_setting
+from submission.kfac.fisher.setting import detect_setting
 
 GRAPHS = RaggedBatch(
     {
@@ -60,7 +60,7 @@ def run(kfac_approx, state=None, steps=range(4)):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), Mean(), nn.Linear(6, 3))
     config = KFACConfig(kfac_approx, factor_update_steps=2, inverse_update_steps=2)
-    kfac = KFAC(model, config)
+    kfac = Preconditioner(model, config)
     if state is not None:
         model.load_state_dict(state[0])
         kfac.load_state_dict(state[1])
@@ -114,7 +114,7 @@ def test_pooled_graphs_are_in_the_reduce_setting():
 )
 def test_outputs_for_the_rows_of_segments_are_the_expand_setting(sharing):
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    kfac = KFAC(model, KFACConfig("auto", fisher_type="type-2"))
+    kfac = Preconditioner(model, KFACConfig("auto", fisher_type="type-2"))
     with kfac.record(sharing):
         logits = model(torch.randn(5, 3))
     kfac.update(logits, "categorical")
@@ -131,7 +131,7 @@ def test_positions_folded_into_the_outputs_are_the_expand_setting():
             return self.layer(x).flatten(0, 1)
 
     model, x = Folded(), torch.randn(5, 7, 3)
-    kfac = KFAC(model, KFACConfig("auto"))
+    kfac = Preconditioner(model, KFACConfig("auto"))
     with kfac.record():
         logits = model(x)
     kfac.update(logits, "categorical")
@@ -145,21 +145,36 @@ def test_positions_folded_into_the_outputs_are_the_expand_setting():
     )
 
 
-def test_positions_folded_into_examples_are_warned_of(caplog):
-    class Folding(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner, self.outer = nn.Linear(3, 4), nn.Linear(4, 2)
+class Folding(nn.Module):
+    """The layer inside sees positions as if they were examples."""
 
-        def forward(self, x):
-            h = self.inner(x.flatten(0, 1)).tanh()
-            return self.outer(h.unflatten(0, x.shape[:2]).mean(1))
+    def __init__(self, fold):
+        super().__init__()
+        self.inner, self.outer, self.fold = nn.Linear(3, 4), nn.Linear(4, 2), fold
 
-    model = Folding()
+    def forward(self, x):
+        h = self.inner(self.fold(x)).tanh()
+        return self.outer(h.unflatten(0, x.shape[:2]).mean(1) if h.dim() == 2 else h.mean(1))
+
+
+def test_positions_folded_into_examples_by_a_copy_are_warned_of(caplog):
+    model = Folding(lambda x: x.flatten(0, 1).clone())
     for approx, warned in (("expand", False), ("reduce", True)):
         caplog.clear()
-        kfac = KFAC(model, KFACConfig(approx))
+        kfac = Preconditioner(model, KFACConfig(approx))
         with kfac.record():
             logits = model(torch.randn(5, 7, 3))
         kfac.update(logits, "categorical")
         assert ("inner: 35" in caplog.text) is warned
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce", "auto"])
+def test_positions_folded_into_examples_by_a_view_are_still_positions(approx, caplog):
+    folded, plain = Folding(lambda x: x.flatten(0, 1)), Folding(lambda x: x)
+    plain.load_state_dict(folded.state_dict())
+    x = torch.randn(5, 7, 3)
+    options = {"likelihood": "categorical", "kfac_approx": approx, "fisher_type": "type-2"}
+    expected = kronecker_factors(plain, x, **options)
+    for name, block in kronecker_factors(folded, x, **options).items():
+        torch.testing.assert_close(block.to_dense(), expected[name].to_dense())
+    assert "another number" not in caplog.text

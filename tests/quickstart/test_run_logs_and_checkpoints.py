@@ -45,7 +45,7 @@ def test_logs_go_back_to_a_checkpoint(tmp_path: Path) -> None:
 def test_folders_are_not_overwritten_by_accident(tmp_path: Path) -> None:
     folder = tmp_path / "sgd" / "molecules_pytorch"
     open_workload_folder(folder, resume=False, overwrite=False)
-    (folder / "trial_1").mkdir()
+    (folder / "trial_1").mkdir(parents=True)
     with pytest.raises(QuickstartError, match=r"--resume_last_run .* --overwrite"):
         open_workload_folder(folder, resume=False, overwrite=False)
     open_workload_folder(folder, resume=True, overwrite=False)
@@ -55,10 +55,10 @@ def test_folders_are_not_overwritten_by_accident(tmp_path: Path) -> None:
         open_workload_folder(folder, resume=False, overwrite=True)
     (folder / "thesis.tex").unlink()
     open_workload_folder(folder, resume=False, overwrite=True)
-    assert not list(folder.iterdir())
+    assert not folder.exists()
     (tmp_path / "file").touch()
     with pytest.raises(QuickstartError, match="a file is where a folder is needed"):
-        open_workload_folder(tmp_path / "file" / "x", resume=False, overwrite=False)
+        open_workload_folder(tmp_path / "file", resume=False, overwrite=False)
 
 
 def test_writing_keeps_the_old_content_on_failure(tmp_path: Path) -> None:

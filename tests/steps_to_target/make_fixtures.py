@@ -13,6 +13,7 @@ import csv
 import json
 import math
 import random
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,14 @@ WORKLOADS: dict[str, dict[str, Any]] = {
         "start": 0.02,
         "limit": 12011,
         "step_hint": 52000,
+    },
+    "imagenet_vit": {
+        "metric": "accuracy",
+        "validation": 0.77309,
+        "test": 0.6519,
+        "start": 0.001,
+        "limit": 69768,
+        "step_hint": 167999,
     },
     "librispeech_conformer": {
         "metric": "wer",
@@ -139,6 +148,12 @@ def training_rows(rows: Sequence[dict[str, Any]], *, timed: bool) -> list[dict[s
     return logged
 
 
+def _delayed(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+    delay = zlib.crc32("/".join(folder.parts[-4:]).encode(errors="replace")) / 2**32 * 1e-3
+    names = {"accumulated_submission_time", "score", "total_duration"} & row.keys()
+    return row | {name: row[name] + delay for name in names}
+
+
 def write_trial(
     folder: Path,
     workload: str,
@@ -151,10 +166,16 @@ def write_trial(
     meta: dict[str, Any] | None = None,
     flags: dict[str, Any] | None = None,
     timed: bool = False,
+    own_times: bool = True,
 ) -> Path:
-    """Write one trial folder with all five files."""
+    """Write one trial folder with all five files.
+
+    No two runs take the same time to the last digit; ``own_times`` sees to that.
+    """
     facts = WORKLOADS[workload]
     folder.mkdir(parents=True, exist_ok=True)
+    if own_times:
+        rows = [_delayed(row, folder) for row in rows]
     write_csv(folder / "eval_measurements.csv", rows)
     everything: list[dict[str, Any]] = []
     for row, training in zip(rows, training_rows(rows, timed=timed), strict=True):

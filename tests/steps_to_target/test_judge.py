@@ -2,14 +2,27 @@
 
 import math
 
+import pandas as pd
 import pytest
 from make_fixtures import evaluation, rows_to
 
-from steps_to_target.judge import Budget, counts_outer_steps, find_ending, follow, judge
+from steps_to_target.judge import Budget, counts_outer_steps, judge
+from steps_to_target.judge import follow as follow_points
 from steps_to_target.model import Ending, Status
 from steps_to_target.targets import builtin_target
 
 TARGET = builtin_target("ogbg")
+
+
+def follow(rows, target):
+    """``judge.follow`` on rows of the log."""
+    names = (target or TARGET).column, (target or TARGET).test_column
+    columns = ("global_step", "accumulated_submission_time", *names)
+    points = [[row.get(name, math.nan) for name in columns] for row in rows]
+    frame = pd.DataFrame(points, columns=["step", "seconds", "value", "test_value"], dtype=float)
+    return follow_points(frame, target)
+
+
 LIMIT = Budget(seconds=12_011.0)
 
 
@@ -121,8 +134,8 @@ def test_metric_that_turns_nan_is_in_the_evidence():
 def test_resume_replaces_the_evaluations_it_rolled_back():
     rows = _rows((1, 0.1), (100, 0.2), (200, 0.25), (100, 0.21), (200, 0.26), (300, 0.29))
     track = follow(rows, TARGET)
-    assert [point.step for point in track.points] == [1, 100, 200, 300]
-    assert [point.value for point in track.points] == [0.1, 0.21, 0.26, 0.29]
+    assert list(track.points["step"]) == [1, 100, 200, 300]
+    assert list(track.points["value"]) == [0.1, 0.21, 0.26, 0.29]
     assert (track.went_back, track.repeated) == (1, 0)
     assert (track.crossing.step, track.crossing.previous_step) == (300, 200)
     assert not track.undone
@@ -138,28 +151,21 @@ def test_crossing_undone_by_a_resume_counts_as_in_algoperfs_scoring_and_is_said(
 
 def test_duplicate_steps_keep_the_later_row():
     track = follow(_rows((1, 0.1), (100, 0.2), (100, 0.2), (200, 0.29)), TARGET)
-    assert [point.step for point in track.points] == [1, 100, 200]
+    assert list(track.points["step"]) == [1, 100, 200]
     assert (track.went_back, track.repeated) == (0, 1)
 
 
 @pytest.mark.parametrize("step", [math.nan, math.inf, -1.0, 1e300])
 def test_rows_without_a_usable_step_are_counted(step):
     track = follow([{"global_step": step, TARGET.column: 0.5}, {TARGET.column: 0.5}], TARGET)
-    assert (track.points, track.unusable, track.crossing) == ([], 2, None)
-
-
-def test_final_row_is_told_from_evaluations_and_training_rows():
-    training, row = {"global_step": 5.0, "loss": 1.0}, evaluation("ogbg", 5, 9.0, 0.1)
-    last = {"global_step": 7.0, "score": 12.0, "preemption_count": 0.0}
-    assert find_ending([training, row], known=True) == Ending(False, 5.0, 9.0, 1.0)
-    assert find_ending([training, row, last], known=True) == Ending(True, 7.0, 12.0, 1.0)
-    assert not find_ending([training, row, last, training], known=True).final_row
-    assert find_ending([], known=False) == Ending(known=False)
+    assert (len(track.points), track.unusable, track.crossing) == (0, 2, None)
 
 
 def test_outer_steps_need_both_signs():
     slow = [evaluation("ogbg", 1 + 3 * i, 240.0 * i, 0.02 + 0.016 * i) for i in range(18)]
-    assert "outer steps" in counts_outer_steps(follow(slow, TARGET), TARGET, 18_477.0, 80_000.0)
+    assert "halfway to the target" in counts_outer_steps(
+        follow(slow, TARGET), TARGET, 18_477.0, 80_000.0
+    )
     usual = follow(rows_to("ogbg", 16_000), TARGET)
     assert counts_outer_steps(usual, TARGET, 12_011.0, 52_000.0) == ""
     # A slow machine is slow, but its metric does not rise in a handful of steps.

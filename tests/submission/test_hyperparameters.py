@@ -49,7 +49,7 @@ def test_engine_settings_carry_over():
         ({"beta1": 1.0}, "'beta1' is 1.0; it must be a finite number >= 0 and < 1"),
         ({"mc_samples": 1.5}, "'mc_samples' is 1.5; it must be an integer >= 1"),
         ({"mc_samples": True}, "'mc_samples' is True"),
-        ({"joint_bias": 1}, "'joint_bias' is 1; it must be true or false"),
+        ({"early_updates": 1}, "'early_updates' is 1; it must be true or false"),
         ({"kfac_approx": "Reduce"}, "it must be one of 'expand', 'reduce', 'auto', 'none'"),
         ({"grad_clip": -1}, "it must be a finite number > 0 or null"),
         ({"dampening": 0.1}, "unknown hyperparameter 'dampening'; known are: .*damping"),

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from workload import GraphNet, GraphWorkload, Squares, graph_batch
 
 from submission import submission
-from submission.kfac.sampling import sampling_seed
+from submission.kfac.fisher.sampling import sampling_seed
 from submission.run import UnwrappedModelError
 
 RANKS, STEPS, STOP = 2, 6, 3

@@ -30,7 +30,7 @@ from submission.batch_structure import (
     shared_rows,
     targets_of,
 )
-from submission.kfac import KFAC, KFACConfig
+from submission.kfac import KFACConfig, Preconditioner
 from submission.padding import paddings_in, segmented_fields
 
 
@@ -120,7 +120,7 @@ def test_every_parameter_trains_and_is_reported(case):
 def factors_of(workload, model, batch, approx, known=None):
     """Curvature of one batch, exact, in float64."""
     known = {} if known is None else known
-    kfac = KFAC(model, KFACConfig(kfac_approx=approx, fisher_type="type-2"))
+    kfac = Preconditioner(model, KFACConfig(kfac_approx=approx, fisher_type="type-2"))
 
     def forward(module, inputs):
         return workload.model_fn(module, inputs, None, spec.ForwardPassMode.EVAL, None, False)

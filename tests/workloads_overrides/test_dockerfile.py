@@ -1,10 +1,13 @@
 """What of the image can be checked without a Docker engine."""
 
+import importlib
 import re
 from pathlib import Path
 
 import pytest
 
+from quickstart import options
+from workloads_overrides import runner_flags
 from workloads_overrides.installation import ALGOPERF_COMMIT
 
 ROOT = Path(__file__).parents[2]
@@ -21,13 +24,42 @@ def test_the_image_holds_the_commit_that_everything_else_is_tested_with():
     assert f'ALGOPERF_COMMIT="{ALGOPERF_COMMIT}"' in (ROOT / "run.sh").read_text()
 
 
-def test_the_container_does_not_run_as_root():
-    assert instructions("USER")[-1] == "${USER_ID}"
-    assert "USER_ID=1000" in instructions("ARG")
+def environment():
+    return dict(re.findall(r"(\w+)=(\S+)", "\n".join(instructions("ENV"))))
+
+
+def test_the_container_does_not_run_as_root_unless_it_is_told_to():
+    assert instructions("USER") == ["1000"]
+
+
+def test_whatever_is_written_lies_in_the_mounted_folder():
+    """By any user: the folder is everybody's, and home and working directory are in it."""
+    assert instructions("VOLUME") == ["/runs"]
+    assert instructions("WORKDIR") == ["/runs"]
+    assert environment()["HOME"] == "/runs"
+    assert environment()["KFAC_RUNS_DIR"] == "/runs"
+    assert "mkdir -m 1777 /runs" in DOCKERFILE
+    assert "chown" not in INSTRUCTIONS
+
+
+def test_default_folders_follow_the_image(monkeypatch):
+    monkeypatch.setenv("KFAC_RUNS_DIR", "/runs")
+    assert options.default_runs() == Path("/runs/quickstart")
+    reloaded = importlib.reload(runner_flags)
+    assert reloaded.DEFAULTS["experiment_dir"] == "/runs"
+    monkeypatch.undo()
+    assert importlib.reload(runner_flags).DEFAULTS["experiment_dir"] == "runs"
+
+
+def test_nothing_is_installed_when_a_container_starts():
+    assert environment()["KFAC_NO_SETUP"] == "1"
+    assert environment()["VENV_DIR"] == environment()["ALGOPERF_VENV_DIR"] == "/opt/venv"
+    assert "-r /tmp/requirements/image.txt" in INSTRUCTIONS
+    assert "quickstart.molecules --data_dir=data" in INSTRUCTIONS
 
 
 def test_the_container_is_run_sh():
-    assert instructions("ENTRYPOINT") == ['["./run.sh"]']
+    assert instructions("ENTRYPOINT") == ['["/opt/project/run.sh"]']
 
 
 @pytest.mark.parametrize("instruction", ["ARG", "ENV", "RUN", "COPY"])

@@ -64,3 +64,15 @@ def test_folders_without_checkpoints_are_new_runs(tmp_path):
     (tmp_path / "trial_1").mkdir()
     assert set_damaged_aside(tmp_path) == []
     assert set_damaged_aside(tmp_path / "nowhere") == []
+
+
+def test_a_first_checkpoint_that_a_full_disk_cut_short_lets_the_trial_begin_anew(tmp_path):
+    trial = tmp_path / "trial_1"
+    trial.mkdir()
+    checkpoint(trial, 1).write_bytes(b"PK\3\4")
+    (trial / "hparams.json").write_text("")
+    settings, first = set_damaged_aside(tmp_path)
+    assert "hparams.json is damaged" in settings
+    assert "the trial begins anew" in first
+    assert names(trial) == ["damaged_checkpoint_1", "damaged_hparams.json"]
+    assert set_damaged_aside(tmp_path) == []

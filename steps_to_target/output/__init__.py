@@ -1,0 +1,1 @@
+"""What a comparison is shown as: terminal, JSON, CSV, pictures, page."""

@@ -1,0 +1,1 @@
+"""The curvature of one parameter or group of parameters: collected, averaged, inverted."""

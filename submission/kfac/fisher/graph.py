@@ -1,0 +1,134 @@
+"""The autograd graph of a recorded forward pass: gradients of outputs, and what reaches what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+NOT_REACHED = (
+    "no recorded layer is in the graph of the logits: they belong to another forward pass than the "
+    "last one inside record(), or were computed from detached outputs"
+)
+
+
+class GraphError(RuntimeError):
+    """The graph of the logits is not one that would-be gradients can be propagated through."""
+
+
+def gradients(logits: Tensor, inputs: list[Any], vector: Tensor) -> Sequence[Tensor | None]:
+    """Gradients of logits · vector with respect to edges or tensors; None where they have no part.
+
+    The graph is kept.
+
+    Raises:
+        GraphError: the graph cannot be used, and what to do about it.
+    """
+    try:
+        grads: Sequence[Tensor | None] = torch.autograd.grad(
+            logits, inputs, vector.to(logits.dtype), retain_graph=True, allow_unused=True
+        )
+    except RuntimeError as error:
+        if "backward through the graph a second time" in str(error):
+            raise GraphError(
+                "the graph of the logits has been freed: call update before the loss's backward "
+                "pass (or keep the graph with retain_graph=True)"
+            ) from error
+        raise
+    return grads
+
+
+def earliest(edges: list[GradientEdge]) -> list[GradientEdge]:
+    """Those edges from which no other one can be reached (towards the inputs of the graph).
+
+    Asking autograd for these alone makes it visit all others on the way, without keeping what
+    flows through them.
+    """
+    targets = {edge.node for edge in edges}
+    reaches: dict[Node, bool] = {}  # node -> whether a target lies strictly below it
+    for edge in edges:
+        stack = [edge.node]
+        while stack:
+            node = stack[-1]
+            if node in reaches:
+                stack.pop()
+                continue
+            children = [child for child, _ in node.next_functions if child is not None]
+            pending = [child for child in children if child not in reaches]
+            if pending:
+                stack.extend(pending)
+                continue
+            reaches[node] = any(child in targets or reaches[child] for child in children)
+            stack.pop()
+    unique: dict[tuple[Node, int], GradientEdge] = {}
+    for edge in edges:
+        if not reaches[edge.node]:
+            unique[(edge.node, edge.output_nr)] = edge
+    return list(unique.values())
+
+
+def leaves_beside(
+    starts: Sequence[Node | None],
+    below: Mapping[Node, Sequence[Node | None]],
+    entered: dict[Node, set[Node | None]],
+) -> dict[int, str]:
+    """Leaf tensors that a graph reaches without entering the recorded calls: id -> how.
+
+    Raises:
+        GraphError: there are recorded calls, and none of them is in the graph.
+
+    Args:
+        starts: where to begin.
+        below: node of a call's output -> nodes of its input, where the walk goes on.
+        entered: is filled with node of a call's output -> the nodes that it was entered from; None
+            for the start.
+    """
+    found: dict[int, str] = {}
+    seen: set[Node] = set()
+    stack: list[tuple[Node | None, Node | None]] = [(start, None) for start in starts]
+    while stack:
+        node, above = stack.pop()
+        if node is None:
+            continue
+        if node in below:
+            entered.setdefault(node, set()).add(above)
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in below:
+            stack += [(child, node) for child in below[node]]
+            continue
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            found[id(leaf)] = "" if above is None else above.name()
+        stack += [(child, node) for child, _ in node.next_functions]
+    if below and not any(node in seen for node in below):
+        raise GraphError(NOT_REACHED)
+    return found
+
+
+def reaches_beside(start: Node, around: GradientEdge, targets: set[Node]) -> bool:
+    """Whether a walk through a graph comes to one of the targets other than by the edge `around`.
+
+    Other outputs of that edge's node are other ways.
+    """
+    if start is around.node:
+        return False
+    seen: set[Node] = set()
+    stack: list[Node | None] = [start]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if node in targets:
+            return True
+        seen.add(node)
+        for child, number in node.next_functions:
+            if child is not around.node:
+                stack.append(child)
+            elif number != around.output_nr:
+                return True
+    return False

@@ -1,0 +1,113 @@
+"""Which likelihood's negative logarithm one of torch's losses is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..operations.uses import SeenLoss
+from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+
+
+@dataclass(eq=False)
+class LossTerms:
+    """A loss, as would-be gradients need it.
+
+    Attributes:
+        logits: what went into it.
+        likelihood, mask, targets: as `Likelihood` takes them.
+        output: the loss, where it was seen.
+        is_sum: whether it adds its terms up, and does not average them.
+        divisor: what a mean divides by, where that is not the sum of the weights.
+    """
+
+    logits: Tensor
+    likelihood: Likelihood
+    mask: Tensor | None = None
+    targets: Tensor | None = None
+    output: Tensor | None = None
+    is_sum: bool = False
+    divisor: int | None = None
+
+
+def _cross_entropy(arguments: dict[str, Any]) -> LossTerms:
+    logits, targets = arguments["input"], arguments["target"]
+    class_dim = 1 if logits.dim() > 1 else 0
+    is_soft = targets.is_floating_point()
+    likelihood = Categorical(
+        class_dim=class_dim,
+        label_smoothing=float(arguments.get("label_smoothing", 0.0)),
+        ignore_index=None if is_soft else int(arguments["ignore_index"]),
+    )
+    weight = arguments.get("weight")
+    mask = None
+    if weight is not None and not is_soft:
+        known = (targets >= 0) & (targets < len(weight))
+        mask = weight[torch.where(known, targets, 0)].to(logits.dtype)
+    return LossTerms(logits, likelihood, mask, targets)
+
+
+def _bernoulli(arguments: dict[str, Any]) -> LossTerms:
+    logits, targets, weight = (arguments[key] for key in ("input", "target", "weight"))
+    positive = arguments["pos_weight"]
+    mask = None if weight is None else weight.expand(logits.shape)
+    if positive is not None:
+        # -w y log σ - (1 - y) log (1 - σ) has w y + 1 - y times the curvature.
+        own = 1 + (positive - 1) * targets
+        mask = own if mask is None else mask * own
+    divisor = None if mask is None else logits.numel()
+    return LossTerms(logits, Bernoulli(), mask, targets, divisor=divisor)
+
+
+def _gaussian(arguments: dict[str, Any]) -> LossTerms:
+    logits, targets = arguments["input"], arguments["target"]
+    if targets.requires_grad and not logits.requires_grad:
+        logits, targets = targets, logits
+    weight = arguments.get("weight")
+    targets = targets.detach().expand(logits.shape)
+    return LossTerms(logits, Gaussian(), None if weight is None else weight, targets)
+
+
+_READERS: dict[str, Callable[[dict[str, Any]], LossTerms]] = {
+    "cross_entropy": _cross_entropy,
+    "binary_cross_entropy_with_logits": _bernoulli,
+    "mse_loss": _gaussian,
+}
+
+
+def terms_of(seen: SeenLoss) -> LossTerms:
+    """The terms of a loss that was seen."""
+    terms = _READERS[seen.function](seen.arguments)
+    terms.output = seen.output
+    terms.is_sum = seen.arguments.get("reduction", "mean") == "sum"
+    return terms
+
+
+def check_class_dim(logits: Tensor, likelihood: Likelihood) -> None:
+    """Has the backward pass of the loss say where the classes are.
+
+    A cross-entropy's gradient sums to zero over them. Where it does so over another dimension than
+    the stated likelihood's, the backward pass raises a ValueError.
+    """
+    if not isinstance(likelihood, Categorical) or logits.dim() < 3:
+        return
+    stated = likelihood.class_dim % logits.dim()
+
+    def check(gradient: Tensor) -> None:
+        gradient = gradient.detach().float()
+        limit = 1e-3 * gradient.abs().sum()
+        sums = [gradient.sum(dim).abs().sum() <= limit for dim in range(gradient.dim())]
+        fits = [dim for dim, fit in enumerate(torch.stack(sums).tolist()) if fit]
+        if fits and stated not in fits and bool(limit > 0):
+            raise ValueError(
+                f"the likelihood says that the classes of outputs {list(logits.shape)} are in "
+                f"dimension {stated}, but the loss's gradient sums to zero over dimension "
+                f"{fits[0]}: state Categorical(class_dim={fits[0]}), or compute torch's "
+                "cross_entropy inside record()"
+            )
+
+    logits.register_hook(check)  # type: ignore[no-untyped-call]

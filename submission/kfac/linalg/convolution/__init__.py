@@ -1,0 +1,1 @@
+"""Second moments and sums of the patches of a convolution, without forming the patches."""

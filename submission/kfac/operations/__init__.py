@@ -1,0 +1,1 @@
+"""What a forward pass does with parameters, and how its rows share them."""

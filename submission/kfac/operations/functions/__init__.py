@@ -1,0 +1,1 @@
+"""One file a family of torch functions: what they do with parameters."""

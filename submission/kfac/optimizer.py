@@ -1,0 +1,207 @@
+"""KFAC as a `torch.optim.Optimizer`: an ordinary training loop with three changed lines.
+
+optimizer = KFAC(model, lr=1e-2)
+with optimizer.record():
+    loss = F.cross_entropy(model(x), y)
+loss.backward(); optimizer.step(); optimizer.zero_grad()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .blocks.public import Curvature
+from .config import KFACConfig
+from .operations.sharing import SharingRule
+from .preconditioner import Preconditioner
+from .report import ReportRow
+
+# The best single setting of the study of optimizers (docs/optimizers.md).
+DEFAULTS: dict[str, Any] = {
+    "kfac_approx": "reduce",
+    "fisher_type": "empirical",
+    "factor_decay": 0.9,
+    "factor_update_steps": 10,
+    "inverse_update_steps": 10,
+    "betas": (0.9, 0.95),
+}
+BaseRule = Callable[[list[dict[str, Any]]], Optimizer]
+
+
+class KFAC(Optimizer):
+    """K-FAC for any model.
+
+    By default Adam in the eigenbasis of K-FAC-reduce's factors: its steps are as large as Adam's at
+    the same learning rate. With `base` the paper's method: the gradient is preconditioned by
+    (curvature + damping)⁻¹, and another optimizer steps along it.
+
+    Args:
+        model: a module, or (name, parameter) pairs; wrappers of DDP and torch.compile are looked
+            through. Parameters that need no gradient are left out.
+        lr: learning rate; of `base` too.
+        weight_decay: decoupled (AdamW's); not with `base`, which has its own.
+        base: makes the optimizer that steps along the preconditioned gradient, from parameter
+            groups: `lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9)`.
+        groups: parameter groups, as other optimizers take them, with settings of their own (lr,
+            weight_decay); they must have all trainable parameters. None for one group of all.
+        **settings: of `KFACConfig`.
+
+    Raises:
+        ValueError: a setting that is not one, or out of its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Iterable[tuple[str, nn.Parameter]],
+        lr: float = 1e-3,
+        *,
+        weight_decay: float = 0.0,
+        base: BaseRule | None = None,
+        groups: Iterable[dict[str, Any]] | None = None,
+        **settings: Any,
+    ) -> None:
+        if not lr >= 0:
+            raise ValueError(f"lr must be at least 0, not {lr}")
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay must be at least 0, not {weight_decay}")
+        if base is not None and weight_decay:
+            raise ValueError("weight_decay belongs to the base optimizer: give it there")
+        rule: dict[str, Any] = {"direction": "preconditioned"}
+        if base is None:
+            rule = {"direction": "eigenbasis_adam", "damping_kind": "exact"}
+        try:
+            config = KFACConfig(**{**DEFAULTS, **rule, **settings})
+        except TypeError as error:
+            known = ", ".join(KFACConfig.__dataclass_fields__)
+            raise ValueError(f"{error}; the settings are {known}") from None
+        self.preconditioner = Preconditioner(_as_module(model), config)
+        named = self.preconditioner.parameters
+        super().__init__(
+            list(groups) if groups is not None else [{"params": list(named.values())}],
+            {"lr": lr, "weight_decay": weight_decay},
+        )
+        self._check_groups()
+        self.base = None if base is None else base(self.param_groups)
+        if self.base is not None:
+            self.base.param_groups = self.param_groups
+
+    def _check_groups(self) -> None:
+        """Whether the groups have all trainable parameters of the model, and no others."""
+        named = self.preconditioner.parameters
+        names = {id(parameter): name for name, parameter in named.items()}
+        given = [id(p) for group in self.param_groups for p in group["params"] if p.requires_grad]
+        missing = [name for number, name in names.items() if number not in given]
+        if missing:
+            raise ValueError(f"no parameter group has {missing[:5]}; give every parameter one")
+        if any(number not in names for number in given):
+            raise ValueError("a parameter group has a parameter that is not one of the model's")
+
+    # ---- one step -----------------------------------------------------------------------------
+
+    def record(self, sharing: SharingRule = None) -> AbstractContextManager[None]:
+        """Put the forward pass and the loss inside. See `Preconditioner.record`."""
+        return self.preconditioner.record(sharing)
+
+    def update(self, logits: Tensor, likelihood: Any, **keywords: Any) -> None:
+        """States a loss that is not one of torch's. See `Preconditioner.update`."""
+        self.preconditioner.update(logits, likelihood, **keywords)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step along the update.
+
+        Args:
+            closure: records a forward pass and runs the backward pass, and returns the loss.
+
+        Raises:
+            RuntimeError, KFACError: see `Preconditioner.precondition`.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.base is not None:
+            self.preconditioner.precondition()
+            self.base.step()
+            return loss
+        self._step()
+        return loss
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        self.preconditioner.precondition()
+        for group in self.param_groups:
+            mine = [p for p in group["params"] if p.grad is not None]
+            if not mine:
+                continue
+            if group["weight_decay"]:
+                torch._foreach_mul_(mine, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(mine, [p.grad for p in mine], alpha=-float(group["lr"]))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters of the model that it got, or that need gradients, since."""
+        super().add_param_group(param_group)
+        if hasattr(self, "preconditioner"):
+            self.preconditioner.follow_parameters()
+
+    # ---- state --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As other optimizers', with K-FAC's state as "kfac" and the base's as "base"."""
+        base = {} if self.base is None else {"base": self.base.state_dict()}
+        return {**super().state_dict(), "kfac": self.preconditioner.state_dict(), **base}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restores a state.
+
+        Raises:
+            ValueError: it belongs to another model, version or kind of optimizer.
+        """
+        if ("base" in state_dict) != (self.base is not None):
+            raise ValueError("the state is of a KFAC with another update rule: `base` differs")
+        kfac = state_dict["kfac"]
+        self.preconditioner.load_state_dict(kfac)
+        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        if self.base is not None:
+            self.base.load_state_dict(state_dict["base"])
+            self.base.param_groups = self.param_groups
+
+    # ---- what it holds --------------------------------------------------------------------------
+
+    def curvature(self) -> dict[str, Curvature]:
+        """Name of a block -> its curvature. See `Preconditioner.curvature`."""
+        return self.preconditioner.curvature()
+
+    def report(self) -> list[ReportRow]:
+        """What trains every parameter."""
+        return self.preconditioner.report()
+
+    def describe(self) -> str:
+        """The report as a text table."""
+        return self.preconditioner.describe()
+
+
+def _as_module(model: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model
+    root = nn.Module()
+    for entry in model:
+        if not (isinstance(entry, tuple) and len(entry) == 2):
+            raise ValueError(
+                "KFAC takes the model, or (name, parameter) pairs as model.named_parameters() "
+                "gives them: the names say which block a parameter belongs to"
+            )
+        name, parameter = entry
+        *path, last = name.split(".")
+        holder = root
+        for step in path:
+            if step not in holder._modules:
+                holder.add_module(step, nn.Module())
+            holder = holder.get_submodule(step)
+        holder.register_parameter(last, parameter)
+    return root

@@ -1,0 +1,254 @@
+"""The model as recorded passes have shown it: parameters, their blocks, and who inverts them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .blocks.block import Block, Collecting, Sums
+from .blocks.structure import Structure, check_excluded
+from .config import KFACConfig
+from .discovery import (
+    found_in,
+    merged_over_ranks,
+    structure_from,
+    tracked,
+    trainable_parameters,
+    unwrap,
+    warn_of_low_coverage,
+)
+from .fisher.collect import Collection
+from .fisher.losses import LossTerms
+from .fisher.setting import detect_setting, warn_of_folded_positions
+from .fisher.step import RecordedPass
+from .ranks import collectives
+from .ranks.placement import owners
+from .state import KFACState
+
+logger = logging.getLogger(__name__)
+
+
+class SeenModel:
+    """What is known of a model; `discover` adds what a recorded pass shows.
+
+    Args:
+        model: wrappers are looked through.
+        config: what counts as a Kronecker block, and where inverses are kept.
+        state: keeps what was seen; the curvature of blocks that change is dropped from it.
+
+    Attributes:
+        parameters: name -> trainable parameter.
+        structure: the blocks.
+        observed: names of the blocks whose statistics are collected.
+        owners: name of a block -> the rank that computes its inverse; empty where every rank does.
+        is_compiled: whether the model, or a part of it, was compiled.
+    """
+
+    def __init__(self, model: nn.Module, config: KFACConfig, state: KFACState) -> None:
+        self._model, self._config, self._state = unwrap(model), config, state
+        self.is_compiled = _is_compiled(model)
+        check_excluded(config.exclude, (name for name, _ in self._model.named_parameters()))
+        self._look_at_parameters()
+        self.structure = Structure()
+        self._noted: set[str] = set()  # parameters whose other uses were looked at
+        self._found: tuple[dict[Any, None], dict[str, str]] = ({}, {})  # by this rank alone
+        self._restructure()
+
+    def begin_with(self, state: KFACState) -> None:
+        """Goes on with a restored state."""
+        self._state, self._found = state, ({}, {})
+        self._look_at_parameters()
+        self.structure = Structure()
+        self._restructure()
+
+    # ---- parameters ---------------------------------------------------------------------------
+
+    def _look_at_parameters(self) -> None:
+        self.parameters = trainable_parameters(self._model)
+        self._all_parameters = list(self._model.parameters())
+        self._trains = self._requires_grad()
+
+    def _requires_grad(self) -> list[bool]:
+        return [parameter.requires_grad for parameter in self._all_parameters]
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether parameters were frozen or unfrozen since they were looked at."""
+        return self._trains != self._requires_grad()
+
+    def follow(self) -> None:
+        """Follows parameters that were replaced, added, frozen or unfrozen."""
+        before = {name: parameter.shape for name, parameter in self.parameters.items()}
+        self._look_at_parameters()
+        if before != {name: parameter.shape for name, parameter in self.parameters.items()}:
+            changed = {n for n, p in self.parameters.items() if before.get(n, p.shape) != p.shape}
+            if self._state.uses is not None:
+                self._state.uses = {
+                    use: None
+                    for use in self._state.uses
+                    if not any(piece.parameter in changed for piece in use.pieces)
+                }
+            self._restructure()
+            self._state.inverses_stale = True
+
+    @property
+    def tracked(self) -> dict[str, nn.Parameter]:
+        """The parameters whose uses are recorded."""
+        return tracked(self.parameters, self._config.exclude)
+
+    @property
+    def names(self) -> list[str]:
+        """Names that a mapping of `sharing` may use: of blocks, parameters, and all modules."""
+        modules = (name for name, _ in self._model.named_modules())
+        blocks = (block.name for block in self.structure.blocks)
+        return list(dict.fromkeys([*blocks, *self.parameters, *modules]))
+
+    def check(self, state: KFACState, names: Sequence[str]) -> None:
+        """Whether a restored state is of this model.
+
+        Raises:
+            ValueError: it is not.
+        """
+        parameters = trainable_parameters(self._model)
+        differing = sorted(set(parameters) ^ set(names))
+        for use in state.uses or {}:
+            for piece in use.pieces:
+                size = parameters[piece.parameter].numel() if not differing else 0
+                fits = piece.numel == size if piece.is_whole else piece.offset < size
+                if not differing and not fits:
+                    differing = [f"the size of {piece.parameter}"]
+        if differing or list(parameters) != list(names):
+            raise ValueError(f"K-FAC state belongs to another model: it differs in {differing[:5]}")
+
+    # ---- blocks -------------------------------------------------------------------------------
+
+    def _restructure(self) -> None:
+        """Makes the blocks anew; what is kept of those that are the same stays."""
+        state, before = self._state, self.structure.by_name
+        self.structure = structure_from(
+            state.uses, state.others, self.parameters, self._config, state.approx or "expand"
+        )
+        now = self.structure.by_name
+        for name in list(state.blocks):
+            if name not in now or before.get(name, now[name]) != now[name]:
+                del state.blocks[name]
+        adam = self._config.direction == "eigenbasis_adam"
+        self.observed = [b.name for b in self.structure.blocks if b.has_factors or not adam]
+        costs = {b.name: b.cost() for b in self.structure.blocks if b.has_factors}
+        self.owners = owners(costs, self._config.inverse_placement)
+
+    @property
+    def observed_blocks(self) -> list[Block]:
+        """The blocks whose statistics are collected."""
+        by_name = self.structure.by_name
+        return [by_name[name] for name in self.observed]
+
+    @property
+    def preconditioned(self) -> list[Block]:
+        """The blocks that are not trained by their raw gradient."""
+        raw = self._config.fallback == "gradient"
+        return [b for b in self.structure.blocks if b.has_factors or not raw]
+
+    def collection(self, recorded: RecordedPass) -> Collection:
+        """What collects the statistics of a recorded pass."""
+        config = self._config
+        # Factors may stay sums of few rows: not if averaged over time or added over ranks, nor if
+        # they are to be diagonalised.
+        averaged = config.factor_decay > 0 or collectives.world_size() > 1
+        keeps = not averaged and config.damping_kind != "exact"
+        collecting = Collecting(
+            like=torch.empty(0, device=next(iter(self.parameters.values())).device),
+            ragged_scaling=config.ragged_scaling,
+            uses=config.inverse_update_steps if keeps else None,
+            keeps_rows=config.eigenvalue_correction,
+        )
+        return Collection(
+            recorded.recording,
+            self.structure,
+            self.observed,
+            self.parameters,
+            collecting,
+            sharing=recorded.sharing,
+            examples_share=self._state.examples_share,
+            precision=config.factor_precision,
+        )
+
+    def empty_sums(self) -> dict[str, Callable[[int], Sums]]:
+        """Name of an observed block -> what makes its empty sums from the number of losses."""
+        found: dict[str, Callable[[int], Sums]] = {}
+        for block in self.observed_blocks:
+            parameter = self.parameters[block.pieces[0].parameter]
+            own = Collecting(torch.empty(0)).for_parameter(parameter)
+            found[block.name] = partial(block.empty_sums, own)
+        return found
+
+    # ---- discovery ------------------------------------------------------------------------------
+
+    def discover(self, recorded: RecordedPass, losses: list[LossTerms]) -> None:
+        """Finds blocks that are not known yet, over all ranks the first time.
+
+        Also decides the approximation where that was left open.
+        """
+        state, recording, known = self._state, recorded.recording, self._state.uses
+        noted = recording.others.keys() - self._noted
+        if known is not None and not noted and all(call.use in known for call in recording.calls):
+            return
+        uses, others = found_in(recording, losses, self.parameters, recorded.sharing)
+        self._noted |= recording.others.keys()
+        if known is None:
+            state.uses, state.others = merged_over_ranks(uses, others)
+            self._restructure()
+            self._look_at_outputs(recorded, losses[0])
+            warn_of_low_coverage(self.structure)
+            return
+        new = {use: None for use in uses if use not in known}
+        new_others = {name: how for name, how in others.items() if name not in state.others}
+        if collectives.world_size() > 1:
+            self._found = ({**self._found[0], **new}, {**self._found[1], **new_others})
+        elif new or new_others:
+            self._take_up(new, new_others)
+
+    def _look_at_outputs(self, recorded: RecordedPass, loss: LossTerms) -> None:
+        examples = self.collection(recorded).numbers_of_examples()
+        if self._state.approx is None:
+            self._state.approx, reason = detect_setting(
+                loss.likelihood, loss.logits, recorded.sharing, examples.values()
+            )
+            self._restructure()
+            logger.info("K-FAC-%s is chosen: %s", self._state.approx, reason)
+        if recorded.sharing is None and self._state.approx == "reduce":
+            warn_of_folded_positions(examples, loss.likelihood, loss.logits)
+
+    @property
+    def discoveries(self) -> int:
+        """Number of uses that only this rank knows of."""
+        return len(self._found[0]) + len(self._found[1])
+
+    def share_discoveries(self) -> None:
+        """Takes up what any rank has found; on all ranks together."""
+        found, self._found = self._found, ({}, {})
+        self._take_up(*merged_over_ranks(*found))
+
+    def _take_up(self, uses: Mapping[Any, None], others: Mapping[str, str]) -> None:
+        state, before = self._state, len(self.structure.blocks)
+        state.uses = {**(state.uses or {}), **uses}
+        state.others = {**others, **state.others}
+        self._restructure()
+        state.inverses_stale = True
+        logger.info(
+            "K-FAC: seen for the first time: %d uses of parameters (%d blocks, %d before)",
+            len(uses) + len(others), len(self.structure.blocks), before,
+        )  # fmt: skip
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether a module was compiled: in place, in parts, or wrapped by the caller."""
+    return any(
+        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+        for module in model.modules()
+    )

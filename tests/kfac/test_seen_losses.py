@@ -1,0 +1,168 @@
+"""Losses of torch that are computed inside record(): nothing needs to be stated."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ggn import exact_ggn, relative_error
+from observed import assert_same_factors
+from torch import nn
+
+from submission.kfac import Bernoulli, Categorical, Gaussian, KFACConfig, Preconditioner
+
+WEIGHT = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
+BINARY = torch.tensor([[0.0, 1, 1], [1, 0, 0], [0, 0, 1], [1, 1, 1], [0, 1, 0], [0, 0, 0]])
+LABELS = torch.tensor([0, 1, 2, 1, 0, 2])
+SEEN = {
+    "cross_entropy": (lambda f: F.cross_entropy(f, LABELS), Categorical(), {}),
+    "sum": (lambda f: F.cross_entropy(f, LABELS, reduction="sum"), Categorical(), {}),
+    "class weights": (
+        lambda f: F.cross_entropy(f, LABELS, weight=WEIGHT), Categorical(),
+        {"mask": WEIGHT[LABELS]},
+    ),
+    "ignored": (
+        lambda f: F.cross_entropy(f, LABELS, ignore_index=1), Categorical(ignore_index=1), {},
+    ),
+    "smoothed": (
+        lambda f: F.cross_entropy(f, LABELS, label_smoothing=0.1),
+        Categorical(label_smoothing=0.1), {},
+    ),
+    "nll": (lambda f: F.nll_loss(F.log_softmax(f, -1), LABELS), Categorical(), {}),
+    "module": (lambda f: nn.CrossEntropyLoss()(f, LABELS), Categorical(), {}),
+    "binary": (
+        lambda f: F.binary_cross_entropy_with_logits(f, BINARY.double()), Bernoulli(), {},
+    ),
+    "positive weight": (
+        lambda f: F.binary_cross_entropy_with_logits(f, BINARY.double(), pos_weight=WEIGHT),
+        Bernoulli(), {"weights": 1 + (WEIGHT - 1) * BINARY},
+    ),
+    "mse": (lambda f: F.mse_loss(f, BINARY.double()), Gaussian(), {}),
+}  # fmt: skip
+
+
+def perceptron():
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def recorded_curvature(model, x, total, stated=None, **settings):
+    """After one step in which the loss is computed inside record(), or stated."""
+    settings = {"fisher_type": "type-2", "factor_update_steps": 1, **settings}
+    kfac = Preconditioner(model, KFACConfig(**settings))
+    model.zero_grad()
+    with kfac.record():
+        logits = model(x)
+        loss = total(logits) if stated is None else None
+    if stated is not None:
+        stated(kfac, logits)
+        loss = total(logits)
+    loss.backward()
+    kfac.precondition()
+    assert not any(kfac.failures.values())
+    return kfac.curvature()
+
+
+@pytest.mark.parametrize("fisher_type", ["type-2", "empirical"])
+@pytest.mark.parametrize("case", list(SEEN))
+def test_a_loss_that_is_seen_needs_no_statement(case, fisher_type):
+    loss, likelihood, options = SEEN[case]
+    model, x = perceptron(), torch.randn(6, 4)
+    found = recorded_curvature(model, x, loss, fisher_type=fisher_type)
+    is_categorical = isinstance(likelihood, Categorical)
+    targets = LABELS if is_categorical else BINARY.double()
+    mask = options.get("mask", options.get("weights"))
+
+    def stated(kfac, logits):
+        kfac.update(logits, likelihood, targets=targets, mask=mask)
+
+    scale = 1.0
+    if case == "positive weight":  # torch divides by the number of terms, not by the weights' sum
+        scale = float(mask.sum() / mask.numel())
+    expected = recorded_curvature(model, x, loss, stated, fisher_type=fisher_type)
+    for name, block in expected.items():
+        torch.testing.assert_close(found[name].input_covariance, block.input_covariance)
+        b = block.gradient_covariance * scale
+        torch.testing.assert_close(found[name].gradient_covariance, b)
+
+
+@pytest.mark.parametrize("case", [c for c in SEEN if c not in ("sum", "smoothed")])
+def test_a_loss_that_is_seen_has_the_exact_curvature(case):
+    """Of one layer: A ⊗ B is exact in one example, so is the mean over examples of B."""
+    loss, _, _ = SEEN[case]
+    model, x = nn.Sequential(nn.Linear(1, 3)), torch.zeros(6, 1)
+    truth = exact_ggn(model, ["0.bias"], (x,), loss)
+    found = recorded_curvature(model, x, loss)["0"]
+    assert float(found.input_covariance[-1, -1]) == pytest.approx(1)
+    assert relative_error(found.gradient_covariance, truth) <= 1e-12
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.one, self.two = nn.Linear(1, 4), nn.Linear(4, 3), nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = self.trunk(x)
+        return self.one(h), self.two(h)
+
+
+def two_losses(outputs):
+    one, two = outputs
+    return F.cross_entropy(one, LABELS), F.mse_loss(two, BINARY[:, :2].double())
+
+
+def test_losses_of_one_pass_add_up_with_their_weights():
+    model, x = TwoHeads(), torch.zeros(6, 1)
+
+    def total(outputs):
+        first, second = two_losses(outputs)
+        return first + 0.4 * second
+
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = model
+
+        def forward(self, x):
+            return torch.cat(self.net(x), -1)
+
+    truth = exact_ggn(Joined(), ["net.trunk.bias"], (x,), lambda f: total((f[:, :3], f[:, 3:])))
+    found = recorded_curvature(model, x, total)["trunk"].gradient_covariance
+    assert relative_error(found, truth) <= 1e-12
+
+
+def test_a_loss_that_is_not_trained_on_does_not_count():
+    model, x = TwoHeads(), torch.randn(6, 1)
+    both = recorded_curvature(model, x, lambda outputs: two_losses(outputs)[0])
+    one = recorded_curvature(model, x, lambda outputs: F.cross_entropy(outputs[0], LABELS))
+    for name in ("trunk", "one"):
+        assert_same_factors({name: both[name]}, {name: one[name]})
+
+
+def test_passes_without_gradients_and_detached_outputs_are_not_counted():
+    model, x = perceptron(), torch.randn(6, 4)
+    plain = recorded_curvature(model, x, SEEN["cross_entropy"][0])
+
+    def total(logits):
+        with torch.no_grad():
+            model(2 * x)
+        teacher = model(3 * x).detach()
+        return F.cross_entropy(logits, LABELS) + 0 * teacher.sum()
+
+    assert_same_factors(recorded_curvature(model, x, total), plain)
+
+
+def test_heads_that_the_loss_does_not_reach_keep_the_raw_gradient():
+    model, x = TwoHeads(), torch.randn(6, 1)
+    kfac = Preconditioner(model, KFACConfig(fisher_type="type-2"))
+    with kfac.record():
+        one, two = model(x)
+        loss = F.cross_entropy(one, LABELS)
+    (loss + two.sum()).backward()
+    plain = {name: p.grad.clone() for name, p in model.named_parameters()}
+    kfac.precondition()
+    for name in ("two.weight", "two.bias"):
+        assert torch.equal(model.get_parameter(name).grad, plain[name])
+    assert not torch.allclose(model.one.weight.grad, plain["one.weight"])
+    row = next(row for row in kfac.report() if row.name == "two")
+    assert (row.preconditioner, row.reason) == (
+        "raw gradient", "the loss has not reached it so far",
+    )  # fmt: skip
