@@ -255,6 +255,10 @@ class Preconditioner:
         is_new = not recorded.losses or (recorded.is_seen and not is_seen)
         self._seen.discover(recorded, losses)
         if is_new:
+            if self.config.factor_decay == 0 and not self._statistics.is_begun:
+                # Without a moving average the new sums take the memory of the old ones. If this
+                # update fails the inverses stay in use.
+                self._seen.forget_averages(recorded)
             collection = self._seen.collection(recorded)
             self._statistics.begin(recorded, collection, state.step, is_seen)
         alone = is_new and len(losses) == 1

@@ -178,6 +178,15 @@ class SeenModel:
             precision=config.factor_precision,
         )
 
+    def forget_averages(self, recorded: RecordedPass) -> None:
+        """Lets go of the curvature of the blocks that a recorded pass has called."""
+        if collectives.world_size() > 1:  # ranks may call different blocks
+            return
+        for call in recorded.recording.calls:
+            role = self.structure.roles.get(call.use)
+            if role is not None and role.block in self._state.blocks:
+                self._state.blocks[role.block].curvature = None
+
     def empty_sums(self) -> dict[str, Callable[[int], Sums]]:
         """Name of an observed block -> what makes its empty sums from the number of losses."""
         found: dict[str, Callable[[int], Sums]] = {}

@@ -205,10 +205,12 @@ class Collector(ABC):
     Attributes:
         sums: what was collected.
         loss: the number of the loss whose would-be gradients come.
+        takes_inputs_late: whether inputs may be taken when the pass is over.
     """
 
     sums: Sums
     loss: int = 0
+    takes_inputs_late = False
 
     @property
     def is_reached(self) -> bool:

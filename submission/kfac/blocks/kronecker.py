@@ -271,6 +271,8 @@ class KroneckerCollector(Collector):
 class ExpandCollector(KroneckerCollector):
     """K-FAC-expand: every row counts for itself (eq. 7)."""
 
+    takes_inputs_late = True
+
     def __init__(self, block: KroneckerBlock, collecting: Collecting) -> None:
         super().__init__(block, collecting)
         self._inputs: dict[int, Tensor] = {}

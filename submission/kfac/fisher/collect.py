@@ -69,6 +69,7 @@ class Collection:
         self._loss = 0
         self._any_heard = False
         self._is_last_pass = False
+        self._waiting: list[tuple[str, HeardCall]] = []  # whose inputs are to be taken
         self.out_of_memory: str | None = None
         self.examples: dict[str, int] = {}
         self._diagonals = [b for b in self._blocks.values() if b.needs_own_gradients]
@@ -137,11 +138,8 @@ class Collection:
         if self.out_of_memory is not None:
             return
         doing = f"the statistics of layer '{role.block}' (gradient {list(g.shape)})"
-        with self._collecting_in(doing):
-            try:
-                self._take(call, role.block, role.transposed, g)
-            except SharingError as error:
-                raise SharingError(f"layer '{role.block}': {error}") from None
+        with self._collecting_in(doing), _named(role.block):
+            self._take(call, role.block, role.transposed, g)
 
     def _take(self, call: Call, name: str, transposed: bool, g: Tensor) -> None:
         block = self._blocks[name]
@@ -160,7 +158,10 @@ class Collection:
                 f"the input of layer '{name}' was written into between its call and the pass that "
                 "its statistics come from: its factor cannot be had"
             )
-        if first:
+        may_wait = collector.takes_inputs_late and not self._is_last_pass
+        if first and may_wait and not self._collecting.keeps_rows:
+            self._waiting.append((name, heard))
+        elif first:
             collector.input(heard)
         collector.gradient(heard, g if heard.scale == 1 else g[: heard.used] * heard.scale)
         if self._is_last_pass:
@@ -240,6 +241,13 @@ class Collection:
             return
         self.check_heard()
         self._recording.is_collected = True
+        with self._collecting_in("the statistics of the inputs"):
+            # The peak of memory is in the pass: until now A is represented by the inputs, which the
+            # graph keeps for the loss's own pass anyway.
+            waiting, self._waiting = self._waiting, []
+            for name, heard in waiting:
+                with _named(name):
+                    self._collectors[name].input(heard)
         with self._collecting_in("the statistics of the gradients"):
             for collector in self._collectors.values():
                 collector.end_pass(which.single)
@@ -297,3 +305,13 @@ class Collection:
         """Lets go of the graph and of all tensors."""
         self._recording.release()
         self._heard.clear()
+        self._waiting.clear()
+
+
+@contextmanager
+def _named(block: str) -> Iterator[None]:
+    """Says of which block an error in the sharing of rows is."""
+    try:
+        yield
+    except SharingError as error:
+        raise SharingError(f"layer '{block}': {error}") from None
