@@ -28,6 +28,7 @@ from submission.kfac import (
     Categorical,
     DiagonalCurvature,
     Gaussian,
+    KFACConfig,
     KroneckerFactors,
     Likelihood,
     UnitwiseCurvature,
@@ -158,19 +159,18 @@ class KFACGGN(GGNInterface):  # type: ignore[misc]
         seen: list[Tensor] = []
         handle = target.register_forward_hook(lambda _m, _a, output: seen.append(output.detach()))
         try:
-            structure, found = blocks_and_curvature(
-                target,
-                (inputs,),
-                likelihood=self._kfac_likelihood,
+            config = KFACConfig(
                 kfac_approx=self.kfac_approx,
                 fisher_type="mc" if self.stochastic else "type-2",
                 mc_samples=self.num_samples,
                 bias="separate",
                 max_factor_side=_ANY_SIDE,
-                own_gradients=not apart,
-                share=share,
-                generator=self._generator,
             )
+            structure, found = blocks_and_curvature(
+                target, (inputs,), self._kfac_likelihood, config, share=share,
+                generator=self._generator,
+                wanted=lambda block: not (apart and block.needs_own_gradients),
+            )  # fmt: skip
         finally:
             handle.remove()
         return structure, dict(found), seen[-1]

@@ -34,6 +34,7 @@ the comparison with these rows at the end (not run here):
 __all__ = ["PAPER", "PAPER_SIZE", "SMALL", "add_flags", "draw", "run", "tables"]
 
 FIGURE = FIGURES["ogbg"]
+METHODS = ("nesterov", "kfac_expand_nesterov", "kfac_reduce_nesterov")
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
@@ -43,5 +44,5 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 def run(options: argparse.Namespace, folder: Path, console: Console) -> dict[str, Any]:
     """Nine runs, or as many seeds as asked for."""
-    contest = target_runs.of_study("molecules", "nesterov")
+    contest = target_runs.of_study("molecules", METHODS)
     return target_runs.run(contest, options, folder, console)

@@ -46,14 +46,14 @@ class Contest:
     steps: int
 
 
-def of_study(workload: str, reference: str) -> Contest:
-    """The comparison with a reference in the quickstart's study."""
+def of_study(workload: str, methods: tuple[str, ...]) -> Contest:
+    """Methods of the quickstart's study, the reference first, on its target."""
     study = settings.read_study(workload)
-    comparison = next(c for c in study.comparisons if c.reference == reference)
+    comparison = study.comparison_of(methods[0])
     return Contest(
         workload,
-        reference,
-        {method: settings.method_file(workload, method) for method in comparison.methods},
+        methods[0],
+        {method: settings.method_file(workload, method) for method in methods},
         comparison.validation_target_value,
         comparison.test_target_value,
         study.max_global_steps,

@@ -39,6 +39,7 @@ from .hyperparameters import Hyperparameters
 from .kfac import Likelihood, Preconditioner
 from .kfac.functional import kept_buffers
 from .kfac.ranks.collectives import world_size
+from .kfac.updates.adaptive_damping import begin_trial, end_trial
 from .optimizers import UPDATE_RULES
 from .run import Run
 from .schedules import SCHEDULES
@@ -187,7 +188,7 @@ def update_params(
     trial = None
     if kfac is not None:
         if settings.adaptive_damping and kfac.inverses_due:
-            trial = kfac.begin_trial()
+            trial = begin_trial(kfac)
         kfac.precondition()
 
     update_start = time.perf_counter()
@@ -202,7 +203,7 @@ def update_params(
     if accepted and kfac is not None and trial is not None:
         with torch.no_grad(), _random_state_of(model, random_state), kept_buffers(model):
             after, _, _ = mean_loss(forward(model, update_batch_norm=False)[0])
-        kfac.end_trial(trial, _over_ranks(loss), _over_ranks(after))
+        end_trial(kfac, trial, _over_ranks(loss), _over_ranks(after))
     run.log.add("update", time.perf_counter() - update_start)
 
     run.after_step(

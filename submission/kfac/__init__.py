@@ -6,12 +6,12 @@ for Modern Neural Network Architectures", NeurIPS 2023, arXiv 2311.00636. Needs 
 
 from .blocks.public import Curvature, DiagonalCurvature, KroneckerFactors, UnitwiseCurvature
 from .config import KFACConfig
-from .failures import KFACError
 from .fisher.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from .functional import curvature, kronecker_factors
 from .operations.sharing import Positions, RaggedBatch, Segments, SharingError
 from .optimizer import KFAC
 from .preconditioner import Preconditioner
+from .state import KFACError
 
 __all__ = [
     "KFAC",

@@ -158,6 +158,15 @@ def check_damping(value: float) -> None:
         )
 
 
+def is_due(step: int, interval: int, *, early: bool) -> bool:
+    """Whether what happens every `interval` steps happens in a step.
+
+    Curvature changes fastest at the start (a zero-initialised head gives the layers below it no
+    curvature at all in step 0); `early` adds steps 1, 2, 4, 8, ... of the first interval.
+    """
+    return step % interval == 0 or (early and step < interval and step & (step - 1) == 0)
+
+
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 
 from torch import nn
@@ -14,18 +15,23 @@ from .fisher.graph import leaves_beside
 from .fisher.losses import LossTerms
 from .operations.operation import UnitOperation
 from .operations.record import Recording
-from .operations.sharing import SharingRule, is_stated
-from .operations.uses import Use
+from .operations.sharing import Positions, SharingRule, example_dim, is_stated
+from .operations.uses import Call, Use
 from .ranks import collectives
 
 logger = logging.getLogger(__name__)
 OTHER_DIMENSION = "an operation whose first dimension does not count the examples"
 PARTIAL_BIAS = "an addition to an output that is used without it, too"
-LOW_COVERAGE = 0.9  # share of the parameters in blocks with factors, below which a warning is due
+LOW_COVERAGE = 0.9  # share of the parameters in factors or exact blocks: below it, a warning is due
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
+    """The module inside DistributedDataParallel, DataParallel and torch.compile wrappers.
+
+    Raises:
+        ValueError: see `check_whole`.
+    """
+    check_whole(model)
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             inner = model.module
@@ -40,8 +46,9 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter.
 
     Raises:
-        ValueError: there is none, or one has no shape yet.
+        ValueError: there is none, or one has no shape yet, or is kept in parts on several ranks.
     """
+    check_whole(model)
     found = {}
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -53,6 +60,30 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     if not found:
         raise ValueError("the model has no trainable parameter")
     return found
+
+
+def check_whole(model: nn.Module) -> None:
+    """Whether every rank has whole parameters, and runs the module itself.
+
+    Raises:
+        ValueError: it has not, or replicas run in other threads.
+    """
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+    what = None
+    for name, module in model.named_modules():
+        if isinstance(module, fsdp):
+            what = f"module '{name}' is a FullyShardedDataParallel"
+        elif isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            what = f"module '{name}' is a DataParallel, whose replicas run in other threads"
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, dtensor) or isinstance(parameter.data, dtensor):
+            what = what or f"parameter '{name}' is a DTensor (fully_shard or tensor parallelism)"
+    if what is not None:
+        raise ValueError(
+            f"{what}: K-FAC needs whole parameters on every rank. Use DistributedDataParallel; "
+            "inverse_placement='one_rank' shares the memory of the inverses out over the ranks"
+        )
 
 
 def tracked(
@@ -77,17 +108,49 @@ def options_of(config: KFACConfig, approx: str) -> Options:
     )
 
 
+def place_examples(
+    recording: Recording, losses: Sequence[LossTerms], sharing: SharingRule
+) -> list[Call]:
+    """Sets which dimension counts the examples of calls of which no rule says it.
+
+    Returns:
+        Calls of scales and shifts where it cannot be told: every row would count as an example.
+    """
+    examples = {loss.logits.shape[loss.likelihood.example_dim(loss.logits)] for loss in losses}
+    # Of outputs with positions of their own, these may be in front of the examples.
+    in_front = examples.union(*(loss.likelihood.term_shape(loss.logits)[:2] for loss in losses))
+    unplaced = []
+    for call in recording.calls:
+        labels = [piece.label for piece in call.use.pieces]
+        known = call.batch_dim is not None or call.sharing is not None
+        if known or any(is_stated(sharing, label) for label in labels):
+            continue
+        operation, dim = call.operation, None
+        if isinstance(operation, UnitOperation):
+            dim = example_dim(operation.sizes, operation.row_dims, examples, in_front)
+            if dim is None:
+                unplaced.append(call)
+        elif operation.has_rows_in_front and call.inputs is not None and call.inputs.dim() > 2:
+            sizes = call.inputs.shape[:-1]
+            dim = example_dim(sizes, range(len(sizes)), examples, in_front)
+        if dim:
+            call.sharing = Positions(batch_dim=dim)
+        elif call.inputs is not None and call.inputs.shape[:1] == (1,) and 1 not in examples:
+            recording.mixes_examples = True  # its output is broadcast: the gradients arrive summed
+    return unplaced
+
+
 def found_in(
     recording: Recording,
     losses: Sequence[LossTerms],
     parameters: Mapping[str, nn.Parameter],
-    sharing: SharingRule = None,
+    unplaced: Sequence[Call] = (),
 ) -> tuple[dict[Use, None], dict[str, str]]:
     """The uses of parameters in a recorded pass, and how parameters reach the outputs besides.
 
     Args:
         losses: all that the pass has.
-        sharing: how rows share parameters, as given to `record`.
+        unplaced: see `place_examples`.
     """
     below: dict[Node, list[Node | None]] = {}
     entered: dict[Node, set[Node | None]] = {}
@@ -105,14 +168,9 @@ def found_in(
         if entered.get(output, {node}) != {node}:
             for bias in recording.separate_bias(output):
                 others.setdefault(bias.parameter, PARTIAL_BIAS)
-    examples = [loss.logits.shape[loss.likelihood.example_dim(loss.logits)] for loss in losses]
-    for call in recording.calls:
-        if not isinstance(call.operation, UnitOperation) or call.batch_dim is not None:
-            continue
-        if not any(map(call.operation.counts, examples)):
-            for piece in call.use.pieces:
-                if not is_stated(sharing, piece.label):
-                    others.setdefault(piece.parameter, OTHER_DIMENSION)
+    for call in unplaced:
+        for piece in call.use.pieces:
+            others.setdefault(piece.parameter, OTHER_DIMENSION)
     return dict.fromkeys(call.use for call in recording.calls), others
 
 
@@ -140,15 +198,15 @@ def structure_from(
 
 
 def warn_of_low_coverage(structure: Structure) -> None:
-    """Says once which large parameters have no factors, and why."""
+    """Says once which large parameters have neither factors nor exact blocks, and why."""
     sizes = {b.name: sum(piece.numel for piece in b.pieces) for b in structure.blocks}
-    covered = sum(sizes[b.name] for b in structure.blocks if b.has_factors)
-    total = sum(sizes.values())
-    if covered >= LOW_COVERAGE * total:
-        return
-    rest = sorted((name for name in structure.reasons), key=lambda name: -sizes[name])[:3]
-    logger.warning(
-        "K-FAC: %.1f %% of the parameters have Kronecker factors; the largest without: %s",
-        100 * covered / total,
-        "; ".join(f"{name} ({sizes[name]:,}: {structure.reasons[name]})" for name in rest),
-    )
+    rest = [block.name for block in structure.blocks if block.needs_own_gradients]
+    lacking, total = sum(sizes[name] for name in rest), sum(sizes.values())
+    if lacking > (1 - LOW_COVERAGE) * total:
+        largest = sorted(rest, key=lambda name: -sizes[name])[:3]
+        logger.warning(
+            "K-FAC: %.1f %% of the parameters have neither Kronecker factors nor exact blocks; the "
+            "largest: %s",
+            100 * lacking / total,
+            "; ".join(f"{name} ({sizes[name]:,}: {structure.reasons[name]})" for name in largest),
+        )

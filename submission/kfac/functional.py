@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -10,11 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .blocks.block import Collecting
+from .blocks.block import Block, Collecting
 from .blocks.public import Curvature, KroneckerFactors
 from .blocks.structure import Structure
 from .config import KFACConfig
-from .discovery import found_in, structure_from, trainable_parameters, unwrap
+from .discovery import (
+    found_in,
+    place_examples,
+    structure_from,
+    tracked,
+    trainable_parameters,
+    unwrap,
+)
 from .fisher.collect import Collection
 from .fisher.likelihoods import Likelihood, as_likelihood
 from .fisher.losses import LossTerms
@@ -26,6 +33,24 @@ from .operations.sharing import SharingRule, check_names
 
 
 def kronecker_factors(
+    model: nn.Module, inputs: Any, **arguments: Any
+) -> dict[str, KroneckerFactors]:
+    """A and B of every linear map of a model on one batch.
+
+    A ⊗ B estimates the layer's block of the GGN of the mean loss over its terms.
+
+    Args:
+        model, inputs, **arguments: as in `curvature`. With bias="separate" the last row and column
+            of A are zero but for the corner.
+
+    Returns:
+        Name of a block (the module's) -> factors.
+    """
+    found = curvature(model, inputs, layers_only=True, **arguments)
+    return {name: block for name, block in found.items() if isinstance(block, KroneckerFactors)}
+
+
+def curvature(
     model: nn.Module,
     inputs: Any,
     *,
@@ -37,12 +62,11 @@ def kronecker_factors(
     sharing: SharingRule = None,
     generator: torch.Generator | None = None,
     targets: Tensor | None = None,
-    ragged_scaling: str = "sqrt",
-    bias: str = "joint",
-) -> dict[str, KroneckerFactors]:
-    """A and B of every linear map of a model on one batch.
-
-    A ⊗ B estimates the layer's block of the GGN of the mean loss over its terms.
+    share: float | None = None,
+    layers_only: bool = False,
+    **settings: Any,
+) -> dict[str, Curvature]:
+    """Curvature of all trainable parameters of a model on one batch.
 
     Args:
         model: its mode (train or eval) is used as it is; nothing about it changes.
@@ -58,156 +82,84 @@ def kronecker_factors(
             the examples, see `fisher.passes`); by default one with a fixed seed, so repeated calls
             agree. Pass your own for independent draws.
         targets: true labels, where they are needed.
-        ragged_scaling: see `linalg.kfac.RAGGED_SCALINGS`.
-        bias: see `blocks.kronecker.BIASES`; with "separate" the last row and column of A are zero
-            but for the corner.
+        share: of this batch in a data set whose curvature is added up batch by batch. Then A is
+            multiplied by it, and whatever comes from gradients is a sum over the terms.
+        layers_only: leave out everything but linear maps.
+        **settings: others of `KFACConfig` that concern curvature: `bias`, `ragged_scaling`,
+            `norm_rows`, `max_factor_side`, `factor_precision`, `exclude`.
 
     Returns:
-        Name of a block (the module's) -> factors.
+        Name of a block -> `KroneckerFactors`; `UnitwiseCurvature` for scales and shifts;
+        `DiagonalCurvature` for other parameters.
 
     Raises:
         TypeError: the model's output is not a tensor.
         RuntimeError: gradients cannot be computed, as under inference_mode.
     """
-    everything = curvature(
-        model,
-        inputs,
-        likelihood=likelihood,
-        kfac_approx=kfac_approx,
-        fisher_type=fisher_type,
-        mc_samples=mc_samples,
-        mask=mask,
-        sharing=sharing,
-        generator=generator,
-        targets=targets,
-        ragged_scaling=ragged_scaling,
-        bias=bias,
-        layers_only=True,
+    config = KFACConfig(
+        kfac_approx=kfac_approx, fisher_type=fisher_type, mc_samples=mc_samples, **settings
     )
-    return {
-        name: block for name, block in everything.items() if isinstance(block, KroneckerFactors)
-    }
-
-
-def curvature(
-    model: nn.Module,
-    inputs: Any,
-    *,
-    likelihood: Likelihood | str,
-    kfac_approx: str,
-    fisher_type: str = "mc",
-    mc_samples: int = 1,
-    mask: Tensor | None = None,
-    sharing: SharingRule = None,
-    generator: torch.Generator | None = None,
-    targets: Tensor | None = None,
-    ragged_scaling: str = "sqrt",
-    bias: str = "joint",
-    max_factor_side: int = 8192,
-    layers_only: bool = False,
-    share: float | None = None,
-) -> dict[str, Curvature]:
-    """Curvature of all trainable parameters; arguments as in `kronecker_factors`.
-
-    Args:
-        max_factor_side: larger sides keep only the diagonal of their factor.
-        layers_only: leave out everything but linear maps.
-        share: of this batch in a data set whose curvature is added up batch by batch. Then A is
-            multiplied by it, and whatever comes from gradients is a sum over the terms.
-
-    Returns:
-        Name of a block -> `KroneckerFactors`; `UnitwiseCurvature` for scales and shifts;
-        `DiagonalCurvature` for other parameters.
-    """
     _, found = blocks_and_curvature(
-        model,
-        inputs,
-        likelihood=likelihood,
-        kfac_approx=kfac_approx,
-        fisher_type=fisher_type,
-        mc_samples=mc_samples,
-        mask=mask,
-        sharing=sharing,
-        generator=generator,
-        targets=targets,
-        ragged_scaling=ragged_scaling,
-        bias=bias,
-        max_factor_side=max_factor_side,
-        layers_only=layers_only,
-        share=share,
-    )
+        model, inputs, likelihood, config, mask=mask, sharing=sharing, generator=generator,
+        targets=targets, share=share,
+        wanted=lambda block: block.has_factors or not layers_only,
+    )  # fmt: skip
     return found
 
 
 def blocks_and_curvature(
     model: nn.Module,
     inputs: Any,
-    *,
     likelihood: Likelihood | str,
-    kfac_approx: str,
-    fisher_type: str = "mc",
-    mc_samples: int = 1,
+    config: KFACConfig,
+    *,
     mask: Tensor | None = None,
     sharing: SharingRule = None,
     generator: torch.Generator | None = None,
     targets: Tensor | None = None,
-    ragged_scaling: str = "sqrt",
-    bias: str = "joint",
-    max_factor_side: int = 8192,
-    layers_only: bool = False,
     share: float | None = None,
-    own_gradients: bool = True,
+    wanted: Callable[[Block], bool] = lambda block: True,
 ) -> tuple[Structure, dict[str, Curvature]]:
-    """The blocks of a model as well as their curvature; arguments as in `curvature`.
-
-    Args:
-        own_gradients: also of blocks that need gradients of the parameters themselves, which may
-            take a pass for each example.
-    """
+    """The blocks of a model as well as the curvature of those wanted; otherwise as `curvature`."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError("curvature needs gradients: call it outside of torch.inference_mode()")
     model = unwrap(model)
     likelihood = as_likelihood(likelihood)
-    config = KFACConfig(
-        kfac_approx=kfac_approx,
-        ragged_scaling=ragged_scaling,
-        bias=bias,
-        max_factor_side=max_factor_side,
-    )
-    parameters = trainable_parameters(model)
+    parameters, approx = trainable_parameters(model), config.kfac_approx
     # Buffers are put back after the Fisher passes: autograd checks that nothing has changed them.
     with _undisturbed(model), torch.enable_grad():
         modules = [name for name, _ in model.named_modules()]
         check_names(sharing, [*parameters, *modules])
-        recording = Recording(parameters)
+        recording = Recording(tracked(parameters, config.exclude))
         with recording:
             logits = _call(model, inputs)
-        found = found_in(recording, [LossTerms(logits, likelihood)], parameters, sharing)
+        losses = [LossTerms(logits, likelihood)]
+        unplaced = place_examples(recording, losses, sharing)
+        found = found_in(recording, losses, parameters, unplaced)
 
         def collection(approx: str) -> Collection:
             structure = structure_from(*found, parameters, config, approx)
-            names = [
-                b.name
-                for b in structure.blocks
-                if (b.has_factors or not layers_only)
-                and (own_gradients or not b.needs_own_gradients)
-            ]
+            names = [block.name for block in structure.blocks if wanted(block)]
+            like = torch.empty(0, device=logits.device)
             # Factors of few rows are formed last, divided already: their size is what they cost.
-            collecting = Collecting(torch.empty(0, device=logits.device), ragged_scaling, uses=0)
-            return Collection(recording, structure, names, parameters, collecting, sharing=sharing)
+            collecting = Collecting(like, config.ragged_scaling, uses=0)
+            return Collection(
+                recording, structure, names, parameters, collecting, sharing=sharing,
+                precision=config.factor_precision,
+            )  # fmt: skip
 
-        if kfac_approx == "auto":
+        if approx == "auto":
             examples = collection("expand").numbers_of_examples().values()
-            kfac_approx, _ = detect_setting(likelihood, logits, sharing, examples)
-        collected = collection(kfac_approx)
-        if generator is None and fisher_type != "type-2":
+            approx, _ = detect_setting(likelihood, logits, sharing, examples)
+        collected = collection(approx)
+        if generator is None and config.fisher_type != "type-2":
             generator = torch.Generator(logits.device).manual_seed(sampling_seed(0, 0, 0))
         passes = fisher_passes(
             likelihood,
             logits,
             mixes_examples=recording.mixes_examples,
-            fisher_type=fisher_type,
-            mc_samples=mc_samples,
+            fisher_type=config.fisher_type,
+            mc_samples=config.mc_samples,
             mask=mask,
             targets=targets,
             generator=generator,

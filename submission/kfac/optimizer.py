@@ -151,6 +151,10 @@ class KFAC(Optimizer):
 
     # ---- state --------------------------------------------------------------------------------
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which need the model beside it in one call, as for any other."""
+        return {**super().__getstate__(), "preconditioner": self.preconditioner, "base": self.base}
+
     def state_dict(self) -> dict[str, Any]:
         """As other optimizers', with K-FAC's state as "kfac" and the base's as "base"."""
         base = {} if self.base is None else {"base": self.base.state_dict()}

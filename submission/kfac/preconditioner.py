@@ -14,48 +14,43 @@ backward pass are repeated before one `precondition`.
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import updates
-from .adaptive_damping import Trial, adapted_damping, begin_trial, predicted_change
-from .blocks.block import Block
+from .blocks.block import Block, write
 from .blocks.public import Curvature
 from .blocks.structure import Structure
-from .config import KFACConfig, check_damping
-from .failures import Trouble, account
+from .config import KFACConfig, check_damping, is_due
 from .fisher.likelihoods import Likelihood, as_likelihood
-from .fisher.losses import LossTerms, check_class_dim, terms_of
-from .fisher.step import Accumulated, FisherSettings, RecordedPass, StepStatistics
+from .fisher.losses import LossTerms, check_class_dim, check_statement, terms_of
+from .fisher.step import (
+    DROPPED,
+    NO_GRAPH,
+    NO_LOSS,
+    NOT_COME,
+    NOT_RECORDED,
+    RecordedPass,
+    StepStatistics,
+)
+from .linalg.precision import without_autocast
+from .operations.compiled import NOT_SEEN, CompiledModelError, uncompiled
 from .operations.record import Recording
 from .operations.sharing import SharingRule, check_names
 from .ranks import collectives
 from .report import ReportRow, format_report, report_rows
 from .seen_model import SeenModel
-from .state import KFACState
+from .state import KFACState, Trouble, account, timed
+from .updates.averages import correct_eigenvalues, take_in
+from .updates.directions import RULES, Rule
+from .updates.inverses import refresh_inverses
 
 logger = logging.getLogger(__name__)
-
-NOT_RECORDED = (
-    "this step updates the factors, but its forward pass was not recorded: run it inside "
-    "`with {}.record():`"
-)
-NO_LOSS = (
-    "this step updates the factors, but no loss is known: compute it by one of torch's functions "
-    "(cross_entropy, binary_cross_entropy_with_logits, mse_loss, nll_loss) inside record(), or "
-    "state it after record() by update(logits, likelihood)"
-)
-
-
-class CompiledModelError(RuntimeError):
-    """The model that was recorded is compiled: its operations cannot be seen."""
 
 
 class Preconditioner:
@@ -78,16 +73,16 @@ class Preconditioner:
         self._state = KFACState(self.config.damping, None if approx == "auto" else approx)
         self._seen = SeenModel(model, self.config, self._state)
         self._device = next(iter(self.parameters.values())).device
-        self._statistics = StepStatistics(self._fisher_settings, self._device)
+        self._statistics = StepStatistics(self.config, self._device)
         self._pass: RecordedPass | None = None  # the last recorded one, until it is taken over
         self._states_losses = False  # whether losses are stated by `update`
         self._was_recorded = False  # in this step
-        self._work: updates.Work | None = None  # made for the structure that it came from
+        self._rule: Rule | None = None  # made for the blocks and inverses that there are
 
     @property
-    def _fisher_settings(self) -> FisherSettings:
-        config = self.config
-        return FisherSettings(config.fisher_type, config.mc_samples, config.seed)
+    def state(self) -> KFACState:
+        """What is carried from step to step."""
+        return self._state
 
     @property
     def step(self) -> int:
@@ -152,12 +147,7 @@ class Preconditioner:
         return self._due(self.config.inverse_update_steps)
 
     def _due(self, interval: int) -> bool:
-        # Curvature changes fastest at the start (a zero-initialised head gives the layers below
-        # it no curvature at all in step 0), so the first interval has updates at 0, 1, 2, 4, 8, ...
-        early = self.config.early_updates and self._state.step < interval
-        return self._state.step % interval == 0 or (
-            early and self._state.step & (self._state.step - 1) == 0
-        )
+        return is_due(self._state.step, interval, early=self.config.early_updates)
 
     # ---- one step: recording -------------------------------------------------------------------
 
@@ -176,11 +166,7 @@ class Preconditioner:
             CompiledModelError: the model is compiled, and none of its operations was seen.
         """
         if self._pass is not None and self._pass.waits_for_loss:
-            logger.warning(
-                "K-FAC: the statistics of a recorded pass are dropped: they were to come from the "
-                "backward pass of its loss, which has not come (to its end) before the next "
-                "record()"
-            )
+            logger.warning(DROPPED)
             self._drop_pass()
         self._end_pass()
         if not self.factors_due:
@@ -190,17 +176,13 @@ class Preconditioner:
         check_names(sharing, self._seen.names)
         recording = Recording(self._seen.tracked)
         try:
-            with _uncompiled(), recording:
+            with uncompiled(), recording:
                 yield
         except BaseException:
             recording.release()
             raise
         if self._seen.is_compiled and not recording.calls:
-            raise CompiledModelError(
-                "the model is compiled, so its operations cannot be seen: call the uncompiled "
-                "module inside record() (`model._orig_mod` of torch.compile's result), or use "
-                "PyTorch 2.6 or newer"
-            )
+            raise CompiledModelError(NOT_SEEN)
         self._pass = RecordedPass(recording, sharing)
         self._was_recorded = True
         if recording.losses and not self._states_losses:
@@ -237,19 +219,18 @@ class Preconditioner:
             return
         likelihood = as_likelihood(likelihood)
         if self._pass is None:
-            raise RuntimeError(NOT_RECORDED.format("kfac"))
+            raise RuntimeError(NOT_RECORDED)
         if not logits.requires_grad:
-            raise RuntimeError(
-                "the logits have no graph: they are detached, or were computed under no_grad"
-            )
+            raise RuntimeError(NO_GRAPH)
         self._states_losses = True
+        check_statement(self._pass.recording.losses, logits, likelihood)
         if self._state.step == 0:
             check_class_dim(logits, likelihood)
         self._collect([LossTerms(logits, likelihood, mask, targets, loss)], is_seen=False)
 
+    @timed("factors")
     def _collect(self, losses: list[LossTerms], *, is_seen: bool) -> None:
         """Takes the statistics of losses of the last recorded pass."""
-        start = time.perf_counter()
         recorded, state = self._pass, self._state
         assert recorded is not None
         is_new = not recorded.losses or (recorded.is_seen and not is_seen)
@@ -267,7 +248,6 @@ class Preconditioner:
         if is_seen and len(losses) > 1:
             for number in range(len(losses)):
                 recorded.weigh(number)
-        state.seconds["factors"] += time.perf_counter() - start
 
     # ---- one step: from statistics to gradients --------------------------------------------------
 
@@ -276,6 +256,7 @@ class Preconditioner:
             self._pass.drop()
             self._pass = None
 
+    @timed("factors")
     def _end_pass(self) -> None:
         """Takes over the statistics of the last recorded pass."""
         recorded, self._pass = self._pass, None
@@ -284,11 +265,9 @@ class Preconditioner:
         if not recorded.losses:
             recorded.drop()
             return
-        start = time.perf_counter()
         for name, words in recorded.collection.words().items():
             self._state.of(self.structure.by_name[name]).shared_over = words
         self._statistics.end_pass(recorded)
-        self._state.seconds["factors"] += time.perf_counter() - start
 
     def reduce_factors(self) -> None:
         """Starts to add up this step's statistics over the ranks, in the background.
@@ -312,7 +291,8 @@ class Preconditioner:
             KFACError: `max_failures` updates in a row had to be dropped.
         """
         gradients = {name: parameter.grad for name, parameter in self.parameters.items()}
-        updates.write_done(self.directions(gradients), gradients)
+        done = self.directions(gradients)
+        write([block for block, _ in done], [value for _, value in done], gradients)
 
     @torch.no_grad()
     def directions(self, gradients: Mapping[str, Tensor | None]) -> list[tuple[Block, Tensor]]:
@@ -322,24 +302,17 @@ class Preconditioner:
             gradients: name of a parameter -> gradient.
         """
         self.refresh()
-        start = time.perf_counter()
-        device = torch.device(self._device).type
-        has_autocast = torch.amp.is_autocast_available(device)
-        with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
-            adam = self.config.direction == "eigenbasis_adam"
-            if self._work is None or self._work.blocks is not self.structure.blocks:
-                self._work = updates.make_work(
-                    self._state, self.structure.blocks, self.parameters, adam
-                )
-            if adam:
-                done = updates.eigenbasis_steps(self._state, self._work, gradients, self.config)
-            else:
-                alone = self._seen.owners if self.config.inverse_placement == "one_rank" else {}
-                done = updates.preconditioned(
-                    self._state, self._work, self.structure.blocks, alone, gradients
-                )
-        self._state.seconds["precondition"] += time.perf_counter() - start
+        with without_autocast(self._device.type):
+            done: list[tuple[Block, Tensor]] = self._directions(gradients)
         return done
+
+    @timed("precondition")
+    def _directions(self, gradients: Mapping[str, Tensor | None]) -> list[tuple[Block, Tensor]]:
+        if self._rule is None or self._rule.blocks is not self.structure.blocks:
+            self._rule = RULES[self.config.direction](
+                self._state, self.structure.blocks, self.parameters, self.config, self._seen.owners
+            )
+        return self._rule.directions(gradients)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -353,45 +326,28 @@ class Preconditioner:
             RuntimeError: this step was to update the factors, but nothing was recorded, or no loss
                 is known, or its backward pass has not come.
         """
-        device = torch.device(self._device).type
-        has_autocast = torch.amp.is_autocast_available(device)
-        with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
+        with without_autocast(self._device.type):
             self._refresh()
 
     def _refresh(self) -> None:
         if self._pass is not None and self._pass.waits_for_loss:
             self._drop_pass()
-            raise RuntimeError(
-                "the statistics of the recorded pass are to come from the backward pass of its "
-                "loss, which has not come: call loss.backward() before this step ends, or leave "
-                "`loss` out of update"
-            )
+            raise RuntimeError(NOT_COME)
         self._check_recorded()
         self._end_pass()
         troubles: list[Trouble] = []
         start = time.perf_counter()
-        total = self._take_in(troubles)
+        total = take_in(
+            self._state, self._seen, self._statistics, self.config.factor_decay, troubles
+        )
         factors_done = time.perf_counter()
-        # All of this is the same on every rank; which inverses a rank holds is not.
         state, config = self._state, self.config
-        known = any(block.curvature is not None for block in state.blocks.values())
-        renew = self.inverses_due or state.inverses_stale
-        if state.damping_changed and config.damping_kind == "exact" and not renew:
-            updates.renew_damping(state, self._seen.preconditioned, config)
-            self._work = None
-        elif known and (renew or state.damping_changed):
-            lost = updates.renew_inverses(
-                state, self._seen.preconditioned, self._seen.owners, config
-            )
-            self._work = None
-            if lost:
-                names = ", ".join(f"'{name}'" for name in lost)
-                troubles.append(Trouble("inverse", f"the factors of {names} could not be inverted"))
+        renewed = refresh_inverses(state, self._seen, config, self.inverses_due, troubles)
         if total is not None and config.eigenvalue_correction:
-            updates.correct_eigenvalues(
-                state, self._seen.observed_blocks, total, config.factor_decay
-            )
-            self._work = None
+            correct_eigenvalues(state, self._seen.observed_blocks, total, config.factor_decay)
+            renewed = True
+        if renewed:
+            self._rule = None
         state.step += 1
         self._was_recorded = False
         state.seconds["factors"] += factors_done - start
@@ -403,72 +359,10 @@ class Preconditioner:
         if not self._due(self.config.factor_update_steps) or self._statistics.is_begun:
             return
         if not self._was_recorded:
-            raise RuntimeError(NOT_RECORDED.format("kfac"))
+            raise RuntimeError(NOT_RECORDED)
         if self._pass is not None and not self._pass.losses:
             self._drop_pass()
             raise RuntimeError(NO_LOSS)
-
-    def _take_in(self, troubles: list[Trouble]) -> Accumulated | None:
-        """Takes the step's statistics, summed over ranks, into the averages.
-
-        Returns them if they were good, otherwise adds to the troubles.
-        """
-        alone = collectives.world_size() == 1
-        total, discovered = self._statistics.finish(
-            self._seen.empty_sums(), self._seen.discoveries, alone=alone
-        )
-        if total is None:
-            return None
-        good = updates.average_in(
-            self._state, total, self._seen.observed_blocks, self.config.factor_decay
-        )
-        if discovered:
-            self._seen.share_discoveries()
-        if good:
-            return total
-        if total.is_out_of_memory_on_a_rank():
-            self._state.examples_share /= 2
-            share = f"{100 * self._state.examples_share:g} %"
-            where = total.out_of_memory or "the factors of another rank"
-            message = f"memory ran out in {where}; from now on {share} of the examples are used"
-            troubles.append(Trouble("memory", message))
-        else:
-            message = "the batch gave non-finite statistics or had no valid label"
-            if self._statistics.look_at_loss_again():
-                message += ", or its loss was not a multiple of the likelihood's"
-            troubles.append(Trouble("statistics", message))
-        return None
-
-    # ---- adaptive damping -------------------------------------------------------------------
-
-    @torch.no_grad()
-    def begin_trial(self) -> Trial:
-        """Remembers gradients and parameters of this step, for `end_trial`.
-
-        Call it after the backward pass and before `precondition`.
-        """
-        return begin_trial(self.structure.blocks, self.parameters)
-
-    @torch.no_grad()
-    def end_trial(self, trial: Trial, loss_before: float, loss_after: float) -> float:
-        """Adapts the damping to how well the step went (see `adaptive_damping`).
-
-        Args:
-            trial: of `begin_trial`, before the parameters were changed.
-            loss_before, loss_after: the mean loss of the same batch (same dropout) around the step.
-
-        Returns:
-            The reduction ratio; NaN for a step that changed nothing, which leaves the damping.
-        """
-        settings = updates.settings_of(self._state, self.config, 1)
-        blocks = self.structure.blocks
-        predicted = predicted_change(blocks, self._state, trial, self.parameters, settings)
-        if predicted == 0 and loss_after == loss_before:
-            return float("nan")
-        ratio = (loss_after - loss_before) / predicted if predicted < 0 else float("-inf")
-        steps = self.config.inverse_update_steps
-        self.damping = adapted_damping(self._state.damping, ratio, steps)
-        return ratio
 
     # ---- what it holds ----------------------------------------------------------------------
 
@@ -489,19 +383,14 @@ class Preconditioner:
         """The report as a text table."""
         return format_report(self.report())
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: without the graph of a pass, and what is made from the state again."""
+        return {**self.__dict__, "_pass": None, "_rule": None}
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs: tensors and plain Python values only."""
-        return {
-            **self._state.to_dict(),
-            "kfac_approx": self.config.kfac_approx,
-            "parameters": list(self.parameters),
-            "inverses_complete": not self._shares_inverses,
-            "seed": self.config.seed,
-        }
-
-    @property
-    def _shares_inverses(self) -> bool:
-        return self.config.inverse_placement == "one_rank" and bool(self._seen.owners)
+        plain = {"seed": self.config.seed, **self._seen.to_dict()}
+        return {**self._state.to_dict(), **plain}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a state; tensors move to the device of the parameters.
@@ -509,33 +398,11 @@ class Preconditioner:
         Raises:
             ValueError: the state belongs to another version, approximation or model.
         """
-        restored = KFACState.from_dict(state, self._device)
-        if state["kfac_approx"] != self.config.kfac_approx:
-            raise ValueError(
-                f"K-FAC state was made with kfac_approx={state['kfac_approx']!r}, not "
-                f"{self.config.kfac_approx!r}"
-            )
-        self._seen.check(restored, list(state["parameters"]))
+        restored = self._seen.restore(state, self._device)
         self._drop_pass()
         self._statistics.forget()
         if state["seed"] != self.config.seed:
             # Labels would be sampled otherwise than in the run that goes on.
             self.config = replace(self.config, seed=int(state["seed"]))
-            self._statistics.settings = self._fisher_settings
-        if not state["inverses_complete"]:
-            # It has those of one rank: all make theirs anew, at the same step.
-            restored.inverses_stale = True
-        self._state, self._work = restored, None
-        self._seen.begin_with(restored)
-        if self._shares_inverses:
-            for name, owner in self._seen.owners.items():
-                if owner != collectives.rank():
-                    restored.of(self.structure.by_name[name]).inverse = None
-
-
-def _uncompiled() -> Any:
-    """Runs compiled modules as they were before, where this PyTorch can."""
-    set_stance = getattr(torch.compiler, "set_stance", None)  # since 2.6
-    if set_stance is None or "torch._dynamo" not in sys.modules:  # nothing is compiled then
-        return nullcontext()
-    return set_stance("force_eager")
+            self._statistics.config = self.config
+        self._state, self._rule = restored, None

@@ -16,6 +16,7 @@ from .config import KFACConfig
 from .discovery import (
     found_in,
     merged_over_ranks,
+    place_examples,
     structure_from,
     tracked,
     trainable_parameters,
@@ -26,6 +27,7 @@ from .fisher.collect import Collection
 from .fisher.losses import LossTerms
 from .fisher.setting import detect_setting, warn_of_folded_positions
 from .fisher.step import RecordedPass
+from .operations.compiled import is_compiled
 from .ranks import collectives
 from .ranks.placement import owners
 from .state import KFACState
@@ -51,19 +53,12 @@ class SeenModel:
 
     def __init__(self, model: nn.Module, config: KFACConfig, state: KFACState) -> None:
         self._model, self._config, self._state = unwrap(model), config, state
-        self.is_compiled = _is_compiled(model)
+        self.is_compiled = is_compiled(model)
         check_excluded(config.exclude, (name for name, _ in self._model.named_parameters()))
         self._look_at_parameters()
         self.structure = Structure()
         self._noted: set[str] = set()  # parameters whose other uses were looked at
         self._found: tuple[dict[Any, None], dict[str, str]] = ({}, {})  # by this rank alone
-        self._restructure()
-
-    def begin_with(self, state: KFACState) -> None:
-        """Goes on with a restored state."""
-        self._state, self._found = state, ({}, {})
-        self._look_at_parameters()
-        self.structure = Structure()
         self._restructure()
 
     # ---- parameters ---------------------------------------------------------------------------
@@ -108,12 +103,47 @@ class SeenModel:
         blocks = (block.name for block in self.structure.blocks)
         return list(dict.fromkeys([*blocks, *self.parameters, *modules]))
 
-    def check(self, state: KFACState, names: Sequence[str]) -> None:
-        """Whether a restored state is of this model.
+    # ---- saved states ---------------------------------------------------------------------------
+
+    @property
+    def _shares_inverses(self) -> bool:
+        return self._config.inverse_placement == "one_rank" and bool(self.owners)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What tells whether a saved state fits."""
+        return {
+            "kfac_approx": self._config.kfac_approx,
+            "parameters": list(self.parameters),
+            "inverses_complete": not self._shares_inverses,
+        }
+
+    def restore(self, saved: Mapping[str, Any], device: torch.device) -> KFACState:
+        """A saved state again, with which it goes on.
 
         Raises:
-            ValueError: it is not.
+            ValueError: it is of another version, approximation or model; nothing has changed then.
         """
+        state, approx = KFACState.from_dict(saved, device), self._config.kfac_approx
+        if saved["kfac_approx"] != approx:
+            raise ValueError(
+                f"K-FAC state was made with kfac_approx={saved['kfac_approx']!r}, not {approx!r}"
+            )
+        self._check(state, list(saved["parameters"]))
+        if not saved["inverses_complete"]:
+            # It has those of one rank: all make theirs anew, at the same step.
+            state.inverses_stale = True
+        self._state, self._found = state, ({}, {})
+        self._look_at_parameters()
+        self.structure = Structure()
+        self._restructure()
+        if self._shares_inverses:
+            for name, owner in self.owners.items():
+                if owner != collectives.rank():
+                    state.of(self.structure.by_name[name]).inverse = None
+        return state
+
+    def _check(self, state: KFACState, names: Sequence[str]) -> None:
+        """Raises a ValueError unless a state is of this model."""
         parameters = trainable_parameters(self._model)
         differing = sorted(set(parameters) ^ set(names))
         for use in state.uses or {}:
@@ -204,10 +234,11 @@ class SeenModel:
         Also decides the approximation where that was left open.
         """
         state, recording, known = self._state, recorded.recording, self._state.uses
+        unplaced = place_examples(recording, losses, recorded.sharing)
         noted = recording.others.keys() - self._noted
         if known is not None and not noted and all(call.use in known for call in recording.calls):
             return
-        uses, others = found_in(recording, losses, self.parameters, recorded.sharing)
+        uses, others = found_in(recording, losses, self.parameters, unplaced)
         self._noted |= recording.others.keys()
         if known is None:
             state.uses, state.others = merged_over_ranks(uses, others)
@@ -253,11 +284,3 @@ class SeenModel:
             "K-FAC: seen for the first time: %d uses of parameters (%d blocks, %d before)",
             len(uses) + len(others), len(self.structure.blocks), before,
         )  # fmt: skip
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    """Whether a module was compiled: in place, in parts, or wrapped by the caller."""
-    return any(
-        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
-        for module in model.modules()
-    )

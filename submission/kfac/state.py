@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import wraps
 from typing import Any
 
 import torch
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from .blocks.block import Block, BlockCurvature, Inverse
 from .blocks.diagonal import Diagonal, Reciprocal, UnitInverse, Unitwise
-from .blocks.kronecker import EigenInverse, Factors, KroneckerInverse
+from .blocks.factors import EigenInverse, Factors, KroneckerInverse
 from .linalg import tree
 from .linalg.eigenbasis import Basis, Moments
 from .linalg.factor import Factor
@@ -19,6 +22,7 @@ from .linalg.inverses import CholeskyInverse, DiagonalInverse, ExplicitInverse, 
 from .operations.pieces import Matrix, Piece
 from .operations.uses import LinearUse, UnitUse, Use
 
+logger = logging.getLogger(__name__)
 STATE_VERSION = 5
 
 # What a saved state may consist of.
@@ -154,3 +158,64 @@ def _block_from_plain(plain: Mapping[str, Any], device: torch.device) -> BlockSt
 def _use_from_plain(plain: Mapping[str, Any]) -> Use:
     use: Use = tree.from_plain(plain, TYPES)
     return use
+
+
+# ---- updates that could not be used: counted, logged, and ended if they go on -----------------
+
+
+class KFACError(RuntimeError):
+    """Training cannot go on: too many updates in a row failed."""
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Something that went wrong in a step: a key of `KFACState.failures`, and what, in words."""
+
+    kind: str
+    message: str
+
+
+def account(
+    state: KFACState, troubles: Sequence[Trouble], *, updated: bool, max_failures: int
+) -> None:
+    """Counts the troubles of a step that has ended; an update with any is one failure in a row.
+
+    Args:
+        updated: whether the step has taken in statistics, which ends failures in a row.
+
+    Raises:
+        KFACError: `max_failures` updates in a row have failed.
+    """
+    if not troubles:
+        if updated:
+            state.failures_in_a_row = 0
+        return
+    for trouble in troubles:
+        state.failures[trouble.kind] += 1
+        logger.warning(
+            "K-FAC step %d: %s; the previous ones stay in use", state.step - 1, trouble.message
+        )
+    state.failures_in_a_row += 1
+    if state.failures_in_a_row >= max_failures:
+        raise KFACError(
+            f"{state.failures_in_a_row} K-FAC updates in a row failed, the last because "
+            f"{troubles[-1].message}. Lower the learning rate or raise the damping (now "
+            f"{state.damping:g})."
+        )
+
+
+def timed(phase: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Adds the time that a method takes to `seconds` of its object's `state`."""
+
+    def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return method(self, *args, **kwargs)
+            finally:
+                self.state.seconds[phase] += time.perf_counter() - start
+
+        return call
+
+    return decorate

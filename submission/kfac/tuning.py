@@ -68,5 +68,8 @@ LARGEST_BATCHED_ENTRIES, LARGEST_BATCHED_ENTRIES_ELSEWHERE = {"cpu": 1 << 15}, 1
 ELEMENTWISE_ENTRIES = 1 << 20
 # Uses of an inverse from which an explicit one always pays.
 MANY_USES = 1 << 30
+# Portions in which inverses are made: old and new ones of one portion are in memory together. Not
+# a speed: more portions wait for a GPU more often.
+INVERSION_PORTIONS = 8
 # Rows of a symmetric matrix that are packed at a time for a collective.
 PACKED_ROWS = 128

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from experiments import cifar, every_step, image_tuning, imagenet_vit, target_runs
+from experiments import cifar, every_step, image_tuning, imagenet_vit, ogbg, target_runs
 from experiments.paper.figures import FIGURES
+from quickstart import settings
 from quickstart.errors import QuickstartError
 from quickstart.parallel import Outcome
 from submission.hyperparameters import Hyperparameters
@@ -45,7 +46,7 @@ def test_settings_are_every_step_with_an_average_and_clipping() -> None:
 
 
 def test_points_get_the_length_and_nothing_else_changes(tmp_path: Path) -> None:
-    contest = target_runs.of_study("images", "nadamw")
+    contest = target_runs.of_study("images", ("nadamw", "kfac_reduce_nadamw"))
     shorter = target_runs.with_length(contest, 20, tmp_path)
     assert shorter.steps == 20
     for method, path in shorter.points.items():
@@ -54,6 +55,13 @@ def test_points_get_the_length_and_nothing_else_changes(tmp_path: Path) -> None:
         assert new == {**old, "training_steps": 20}
     with pytest.raises(QuickstartError, match="--steps must be 1 or more"):
         target_runs.with_length(contest, 0, tmp_path)
+
+
+def test_the_molecules_methods_are_in_the_quickstarts_study() -> None:
+    contest = target_runs.of_study("molecules", ogbg.METHODS)
+    assert contest.reference == "nesterov"
+    assert all(path.is_file() for path in contest.points.values())
+    assert set(contest.points) <= set(settings.read_study("molecules").methods)
 
 
 def test_a_failed_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

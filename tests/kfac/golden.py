@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from submission.kfac import Bernoulli, Categorical, Gaussian, KFACConfig, Likelihood, Preconditioner
+from submission.kfac.updates.adaptive_damping import begin_trial, end_trial
 
 sys.path.insert(0, str(Path(__file__).parent))
 import golden_models as models
@@ -208,7 +209,7 @@ def train_step(
         )
         loss.backward()
         before += float(loss.detach())
-    trial = kfac.begin_trial() if case.adapts else None
+    trial = begin_trial(kfac) if case.adapts else None
     kfac.precondition()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     rate = 0.005 if case.settings.get("direction") == "eigenbasis_adam" else 0.02
@@ -217,7 +218,7 @@ def train_step(
             parameter -= rate * parameter.grad
         if trial is not None and kfac.inverses_due:
             (batch,) = batches
-            kfac.end_trial(trial, before, float(mean_loss(case, model(*batch.inputs), batch)))
+            end_trial(kfac, trial, before, float(mean_loss(case, model(*batch.inputs), batch)))
     return gradients
 
 

@@ -22,7 +22,9 @@ from torch import Tensor
 from ..linalg.factor import Factor
 from ..operations.pieces import Piece
 from .block import Block, Collecting, Collector, HeardCall, Sums
-from .kronecker import Factors, KroneckerBlock, KroneckerSums
+from .factors import Factors
+from .kronecker import KroneckerBlock
+from .kronecker_sums import KroneckerSums
 
 
 @dataclass(eq=False)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ..blocks.block import Block, Collecting, Collector, HeardCall, Sums
 from ..blocks.structure import Structure
-from ..linalg.precision import products_in
+from ..linalg.precision import products_in, without_autocast
 from ..operations.record import Recording
 from ..operations.sharing import (
     Positions,
@@ -69,7 +70,7 @@ class Collection:
         self._loss = 0
         self._any_heard = False
         self._is_last_pass = False
-        self._waiting: list[tuple[str, HeardCall]] = []  # whose inputs are to be taken
+        self._waiting: list[tuple[str, Call, HeardCall]] = []  # whose inputs are to be taken
         self.out_of_memory: str | None = None
         self.examples: dict[str, int] = {}
         self._diagonals = [b for b in self._blocks.values() if b.needs_own_gradients]
@@ -106,13 +107,12 @@ class Collection:
         for call in self.calls:
             role = self.structure.roles[call.use]
             if call.inputs is not None and self._blocks[role.block].has_factors:
-                x = call.inputs
-                x = x if call.batch_dim is None else x.movedim(call.batch_dim, 0)
-                found[role.block] = number_of_examples(self._resolved(call, role.block, x), x)
+                x = _input_of(call)
+                assert x is not None
+                sharing = self._resolved(call, role.block, x)
+                found[role.block] = number_of_examples(sharing, x)
                 folded = getattr(call.operation, "folded", None)
-                if folded is not None and isinstance(
-                    self._resolved(call, role.block, x), Positions
-                ):
+                if folded is not None and isinstance(sharing, Positions):
                     found[role.block] = folded[0]
         return found
 
@@ -127,6 +127,9 @@ class Collection:
             if call.position is not None and mask is not None:
                 mask = mask[:, call.position : call.position + 1]
             sharing = Positions(mask=mask)
+        if isinstance(sharing, Positions) and sharing.mask is not None and len(x) == 1:
+            # Broadcast over the examples: a position counts if any of them has it.
+            sharing = replace(sharing, mask=sharing.mask.any(0, keepdim=True))
         return sharing
 
     def hear(self, call: Call, g: Tensor) -> None:
@@ -158,35 +161,33 @@ class Collection:
                 f"the input of layer '{name}' was written into between its call and the pass that "
                 "its statistics come from: its factor cannot be had"
             )
+        # Inputs are shown and not kept: the graph lets go of them in the loss's own pass.
+        heard.x = _input_of(call, heard.used)
         may_wait = collector.takes_inputs_late and not self._is_last_pass
         if first and may_wait and not self._collecting.keeps_rows:
-            self._waiting.append((name, heard))
+            self._waiting.append((name, call, heard))
         elif first:
             collector.input(heard)
         collector.gradient(heard, g if heard.scale == 1 else g[: heard.used] * heard.scale)
+        heard.x = None
         if self._is_last_pass:
-            heard.x = call.inputs = None
+            call.inputs = None
 
     def _first_heard(self, call: Call, name: str, transposed: bool, g: Tensor) -> HeardCall:
-        x = call.inputs
-        if x is not None and call.batch_dim is not None:
-            x = x.movedim(call.batch_dim, 0)
+        x = _input_of(call)
         counted = g if x is None else x
         sharing = self._resolved(call, name, counted)
         self.examples[name] = number_of_examples(sharing, counted)
         scale, used = 1.0, len(counted)
         if self._blocks[name].has_factors and x is not None:
             sharing, used, scale = first_examples(sharing, len(x), self._share)
-            x = x[:used]
-        return HeardCall(call.operation, x, sharing, transposed, used, scale)
+        return HeardCall(call.operation, None, sharing, transposed, used, scale)
 
     @contextmanager
     def _collecting_in(self, doing: str) -> Iterator[None]:
         """Statistics are taken inside."""
-        # Autocast is for the model's passes: a curvature of 8 bits could not be inverted.
-        has_autocast = torch.amp.is_autocast_available(self._device_type)
-        plain = torch.autocast(self._device_type, enabled=False) if has_autocast else nullcontext()
-        with self._memory_watched(doing), products_in(self._precision), torch.no_grad(), plain:
+        plain, precision = without_autocast(self._device_type), products_in(self._precision)
+        with self._memory_watched(doing), precision, torch.no_grad(), plain:
             yield
 
     @contextmanager
@@ -240,14 +241,15 @@ class Collection:
         if self.out_of_memory is not None:
             return
         self.check_heard()
-        self._recording.is_collected = True
         with self._collecting_in("the statistics of the inputs"):
             # The peak of memory is in the pass: until now A is represented by the inputs, which the
             # graph keeps for the loss's own pass anyway.
             waiting, self._waiting = self._waiting, []
-            for name, heard in waiting:
+            for name, call, heard in waiting:
                 with _named(name):
+                    heard.x = _input_of(call, heard.used)
                     self._collectors[name].input(heard)
+                    heard.x = None
         with self._collecting_in("the statistics of the gradients"):
             for collector in self._collectors.values():
                 collector.end_pass(which.single)
@@ -306,6 +308,14 @@ class Collection:
         self._recording.release()
         self._heard.clear()
         self._waiting.clear()
+
+
+def _input_of(call: Call, used: int | None = None) -> Tensor | None:
+    """The input of a call with its first `used` examples (None for all), these in front."""
+    x = call.inputs
+    if x is None:
+        return None
+    return (x if call.batch_dim is None else x.movedim(call.batch_dim, 0))[:used]
 
 
 @contextmanager

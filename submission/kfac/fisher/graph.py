@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
@@ -13,6 +15,13 @@ NOT_REACHED = (
     "no recorded layer is in the graph of the logits: they belong to another forward pass than the "
     "last one inside record(), or were computed from detached outputs"
 )
+
+
+REENTRANT = (
+    "activation checkpointing with use_reentrant=True runs its part without a graph: use "
+    "checkpoint(..., use_reentrant=False)"
+)
+_ENQUEUED = "_static_graph_delay_allreduce_enqueued"  # of DistributedDataParallel
 
 
 class GraphError(RuntimeError):
@@ -28,9 +37,10 @@ def gradients(logits: Tensor, inputs: list[Any], vector: Tensor) -> Sequence[Ten
         GraphError: the graph cannot be used, and what to do about it.
     """
     try:
-        grads: Sequence[Tensor | None] = torch.autograd.grad(
-            logits, inputs, vector.to(logits.dtype), retain_graph=True, allow_unused=True
-        )
+        with _no_delayed_reduction(logits):
+            grads: Sequence[Tensor | None] = torch.autograd.grad(
+                logits, inputs, vector.to(logits.dtype), retain_graph=True, allow_unused=True
+            )
     except RuntimeError as error:
         if "backward through the graph a second time" in str(error):
             raise GraphError(
@@ -39,6 +49,42 @@ def gradients(logits: Tensor, inputs: list[Any], vector: Tensor) -> Sequence[Ten
             ) from error
         raise
     return grads
+
+
+@contextmanager
+def _no_delayed_reduction(logits: Tensor) -> Iterator[None]:
+    """Inside, a pass starts no reduction of DistributedDataParallel's.
+
+    With `static_graph` the node on its outputs takes the first pass that comes through it for the
+    loss's, and adds up gradients over the ranks when that ends.
+    """
+    waiting = []
+    if dist.is_available() and dist.is_initialized():
+        for node in _nodes(logits.grad_fn):
+            module = getattr(node, "ddp_weakref", lambda: None)()
+            if getattr(module, "static_graph", False):
+                if not getattr(module, _ENQUEUED, True):
+                    waiting.append(module)
+                break
+    for module in waiting:
+        setattr(module, _ENQUEUED, True)
+    try:
+        yield
+    finally:
+        for module in waiting:
+            setattr(module, _ENQUEUED, False)
+
+
+def _nodes(start: Node | None) -> Iterator[Node]:
+    """All nodes of a graph."""
+    seen: set[Node] = set()
+    stack = [start]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            stack += [child for child, _ in node.next_functions]
 
 
 def earliest(edges: list[GradientEdge]) -> list[GradientEdge]:
@@ -78,7 +124,8 @@ def leaves_beside(
     """Leaf tensors that a graph reaches without entering the recorded calls: id -> how.
 
     Raises:
-        GraphError: there are recorded calls, and none of them is in the graph.
+        GraphError: there are recorded calls, and none of them is in the graph; or a part of the
+            forward pass is not in the graph at all.
 
     Args:
         starts: where to begin.
@@ -101,6 +148,8 @@ def leaves_beside(
         if node in below:
             stack += [(child, node) for child in below[node]]
             continue
+        if node.name() == "CheckpointFunctionBackward":
+            raise GraphError(REENTRANT)
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             found[id(leaf)] = "" if above is None else above.name()

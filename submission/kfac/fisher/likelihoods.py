@@ -108,6 +108,8 @@ class Likelihood(ABC):
         if logits.dtype in (torch.float16, torch.bfloat16):
             # Half precision would move probabilities: uniform numbers have 8 bits in bfloat16.
             logits = logits.float()
+        if targets is not None:
+            self._check_shape(logits, targets)
         weight = self._root_weight(mask, logits, targets)
         if fisher_type == "mc":
             root_samples = math.sqrt(mc_samples)
@@ -125,6 +127,14 @@ class Likelihood(ABC):
         else:
             raise ValueError(
                 f"fisher_type must be 'mc', 'type-2' or 'empirical', not {fisher_type!r}"
+            )
+
+    def _check_shape(self, logits: Tensor, targets: Tensor) -> None:
+        """Raises a ValueError for targets of another shape."""
+        if targets.shape != logits.shape:
+            raise ValueError(
+                f"the targets have shape {list(targets.shape)}, the logits {list(logits.shape)}: "
+                "they would be broadcast; give both the same shape"
             )
 
     def _check_targets(self, logits: Tensor, targets: Tensor, mask: Tensor | None) -> None:  # noqa: B027
@@ -242,6 +252,14 @@ class Categorical(Likelihood):
         dim = self._dim(logits)
         return torch.zeros_like(logits).scatter_(dim, labels.unsqueeze(dim), 1.0)
 
+    def _check_shape(self, logits: Tensor, targets: Tensor) -> None:
+        if targets.shape not in (self.term_shape(logits), logits.shape):
+            raise ValueError(
+                f"the targets have shape {list(targets.shape)}; class indices have the shape "
+                f"{list(self.term_shape(logits))}, soft labels that of the logits, "
+                f"{list(logits.shape)} (classes in dimension {self._dim(logits)})"
+            )
+
     def _check_targets(self, logits: Tensor, targets: Tensor, mask: Tensor | None) -> None:
         if targets.shape != self.term_shape(logits) or targets.shape == logits.shape:
             return
@@ -259,12 +277,6 @@ class Categorical(Likelihood):
         if targets.shape == logits.shape:
             q = targets.to(logits.dtype)
         else:
-            if targets.shape != self.term_shape(logits):
-                raise ValueError(
-                    f"the targets have shape {list(targets.shape)}; class indices have the shape "
-                    f"{list(self.term_shape(logits))}, soft labels that of the logits, "
-                    f"{list(logits.shape)}"
-                )
             labels = targets.long()
             known = (labels >= 0) & (labels < logits.shape[dim])  # others may stand under a mask
             ones = torch.where(known, 1.0, torch.nan).to(logits.dtype).unsqueeze(dim)
@@ -298,7 +310,6 @@ class Bernoulli(Likelihood):
         return p - (uniform < p).to(p.dtype)
 
     def _at_targets(self, logits: Tensor, targets: Tensor) -> Tensor:
-        _check_shape(logits, targets)
         q = (1 - self.label_smoothing) * targets.to(logits.dtype) + 0.5 * self.label_smoothing
         return logits.sigmoid() - q
 
@@ -333,19 +344,10 @@ class Gaussian(Likelihood):
         return noise / math.sqrt(self.variance)
 
     def _at_targets(self, logits: Tensor, targets: Tensor) -> Tensor:
-        _check_shape(logits, targets)
         return (logits - targets) / self.variance
 
     def _hessian_root(self, logits: Tensor) -> Iterator[Tensor]:
         yield torch.full_like(logits, 1 / math.sqrt(self.variance))
-
-
-def _check_shape(logits: Tensor, targets: Tensor) -> None:
-    if targets.shape != logits.shape:
-        raise ValueError(
-            f"the targets have shape {list(targets.shape)}, the logits {list(logits.shape)}: they "
-            "would be broadcast; give both the same shape"
-        )
 
 
 LIKELIHOODS: dict[str, type[Likelihood]] = {

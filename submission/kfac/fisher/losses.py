@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,29 @@ def terms_of(seen: SeenLoss) -> LossTerms:
     terms.output = seen.output
     terms.is_sum = seen.arguments.get("reduction", "mean") == "sum"
     return terms
+
+
+def check_statement(seen: Sequence[SeenLoss], logits: Tensor, likelihood: Likelihood) -> None:
+    """Whether a stated likelihood is that of a loss that was seen on the same outputs.
+
+    Raises:
+        ValueError: it is of another kind, or has its classes in another dimension.
+    """
+    for loss in seen:
+        terms = terms_of(loss)
+        if terms.logits is not logits or not isinstance(
+            likelihood, Bernoulli | Categorical | Gaussian
+        ):
+            continue
+        found, dim = terms.likelihood, logits.dim()
+        fits = type(found) is type(likelihood)
+        if fits and isinstance(found, Categorical) and isinstance(likelihood, Categorical):
+            fits = found.class_dim % dim == likelihood.class_dim % dim
+        if not fits:
+            raise ValueError(
+                f"the loss seen on these outputs, torch's {loss.function}, is that of {found}, not "
+                f"of {likelihood}: state that, or leave update out"
+            )
 
 
 def check_class_dim(logits: Tensor, likelihood: Likelihood) -> None:

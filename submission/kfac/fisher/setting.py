@@ -55,7 +55,8 @@ def warn_of_folded_positions(
         examples: layer name -> number of examples that it had.
     """
     outputs = logits.shape[likelihood.example_dim(logits)]
-    odd = [name for name, number in examples.items() if number != outputs]
+    # Where the number is 1 the output is broadcast over the examples.
+    odd = [name for name, number in examples.items() if number not in (1, outputs)]
     if odd:
         logger.warning(
             "K-FAC-reduce: the outputs are for %d examples, but layers have another number of "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..blocks.block import Sums
+from ..config import KFACConfig
 from ..operations.record import Recording
 from ..operations.sharing import SharingRule
 from ..ranks.collectives import Reduction, rank
@@ -20,20 +21,24 @@ from .losses import LossTerms
 from .passes import fisher_passes
 from .sampling import sampling_seed
 
-
-@dataclass(frozen=True)
-class FisherSettings:
-    """Which Fisher.
-
-    Attributes:
-        fisher_type: "mc", "type-2" or "empirical".
-        mc_samples: label samples, for "mc".
-        seed: of the label sampling.
-    """
-
-    fisher_type: str
-    mc_samples: int
-    seed: int
+NOT_RECORDED = (
+    "this step updates the factors, but its forward pass was not recorded: run it inside "
+    "`with kfac.record():`"
+)
+NO_LOSS = (
+    "this step updates the factors, but no loss is known: compute it by one of torch's functions "
+    "(cross_entropy, binary_cross_entropy_with_logits, mse_loss, nll_loss) inside record(), or "
+    "state it after record() by update(logits, likelihood)"
+)
+NOT_COME = (
+    "the statistics of the recorded pass are to come from the backward pass of its loss, which has "
+    "not come: call loss.backward() before this step ends, or leave `loss` out of update"
+)
+DROPPED = (
+    "K-FAC: the statistics of a recorded pass are dropped: they were to come from the backward "
+    "pass of its loss, which has not come (to its end) before the next record()"
+)
+NO_GRAPH = "the logits have no graph: they are detached, or were computed under no_grad"
 
 
 class RecordedPass:
@@ -80,7 +85,7 @@ class RecordedPass:
     def add(
         self,
         loss: LossTerms,
-        settings: FisherSettings,
+        config: KFACConfig,
         generator: torch.Generator,
         *,
         may_wait: bool,
@@ -112,8 +117,8 @@ class RecordedPass:
             likelihood,
             logits,
             mixes_examples=self.recording.mixes_examples,
-            fisher_type=settings.fisher_type,
-            mc_samples=settings.mc_samples,
+            fisher_type=config.fisher_type,
+            mc_samples=config.mc_samples,
             mask=loss.mask,
             targets=loss.targets,
             generator=generator,
@@ -126,8 +131,10 @@ class RecordedPass:
                 self.loss_pass = LossPass(collection, logits, at_labels, terms)
                 return True
         signs = True if collection.has_diagonals else None
+        self.recording.is_collected = False
         for fisher_pass in passes(signs=signs):
             collection.fisher_pass(logits, fisher_pass, number)
+        self.recording.is_collected = True
         return is_known
 
     def weigh(self, number: int) -> None:
@@ -217,19 +224,19 @@ class StepStatistics:
     """Collects over the recorded passes of a step; `finish` ends the step.
 
     Args:
-        settings: which Fisher.
+        config: which Fisher.
         device: of the parameters.
     """
 
-    def __init__(self, settings: FisherSettings, device: torch.device) -> None:
-        self.settings = settings
-        self._generator = torch.Generator(device)  # seeded in every step, see `sampling_seed`
+    def __init__(self, config: KFACConfig, device: torch.device) -> None:
+        self.config = config
+        self._device = device
+        self._generator: torch.Generator | None = None  # of this step, see `sampling_seed`
         self._is_multiple = False  # the last loss that was looked at, of the likelihood's
         self._loss_given = False  # in this step: statistics come late, on one rank or all
         self._accumulated: Accumulated | None = None
         self._reduction: Reduction | None = None
         self._discoveries: Tensor | None = None
-        self._is_seeded = False
 
     @property
     def is_begun(self) -> bool:
@@ -238,9 +245,9 @@ class StepStatistics:
 
     def begin(self, recorded: RecordedPass, collection: Collection, step: int, seen: bool) -> None:
         """Begins with the statistics of a recorded pass."""
-        if not self._is_seeded:
-            self._generator.manual_seed(sampling_seed(self.settings.seed, step, rank()))
-            self._is_seeded = True
+        if self._generator is None:
+            seed = sampling_seed(self.config.seed, step, rank())
+            self._generator = torch.Generator(self._device).manual_seed(seed)
         recorded.begin(collection, is_seen=seen, generator=self._generator)
 
     def collect(self, recorded: RecordedPass, loss: LossTerms, *, alone: bool) -> None:
@@ -249,13 +256,14 @@ class StepStatistics:
         Args:
             alone: whether it is the only loss of the pass.
         """
+        assert self._generator is not None
         # On all ranks alike, also on one that ran out of memory: else collectives change places.
-        late = loss.output is not None and self.settings.fisher_type == "empirical" and alone
+        late = loss.output is not None and self.config.fisher_type == "empirical" and alone
         self._loss_given |= late
         # Looking waits for a GPU: once is enough. A later loss that is another multiple in each of
         # its terms makes the sums NaN, the update is dropped, and the next one looks again.
         is_multiple = recorded.add(
-            loss, self.settings, self._generator, may_wait=late, looks=not self._is_multiple
+            loss, self.config, self._generator, may_wait=late, looks=not self._is_multiple
         )
         if late:
             self._is_multiple = is_multiple
@@ -330,7 +338,7 @@ class StepStatistics:
 
     def forget(self) -> None:
         """Begins a new step, without the statistics of this one."""
-        self._loss_given = self._is_seeded = False
+        self._loss_given, self._generator = False, None
         self._accumulated = self._reduction = self._discoveries = None
 
     def look_at_loss_again(self) -> bool:

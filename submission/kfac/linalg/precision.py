@@ -28,6 +28,13 @@ def products_in(precision: str) -> Iterator[None]:
         _precision.reset(token)
 
 
+def without_autocast(device_type: str) -> Any:
+    """A context without autocast, which is for the model's passes alone."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
 def rounds_to_bfloat16() -> bool:
     """Whether products are to be those of bfloat16 numbers."""
     return _precision.get() == "bfloat16"

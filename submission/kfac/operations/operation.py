@@ -53,6 +53,11 @@ class LinearOperation(ABC):
 
     shape: tuple[int, int, int]
 
+    @property
+    def has_rows_in_front(self) -> bool:
+        """Whether all dimensions of the input but the last are rows, in any order."""
+        return False
+
     def diagonal_input(self, approx: str) -> bool:
         """Whether A is diagonal, or too large to be kept as anything else."""
         del approx
@@ -114,6 +119,10 @@ class Rows(LinearOperation):
     row_dims: int | None = None
     no_out: bool = False
     folded: tuple[int, ...] | None = None
+
+    @property
+    def has_rows_in_front(self) -> bool:
+        return self.x_order is None and self.y_order is None
 
     def _canonical(self, tensor: Tensor, order: tuple[int, ...] | None, side: int) -> Tensor:
         """[rows..., groups · side]."""
@@ -199,19 +208,21 @@ class UnitOperation(ABC):
     y = γ ⊙ x̂ + β. The would-be gradient of one example is Σ_r g ⊙ x̂ for γ and Σ_r g for β, cheap
     enough to keep per example; so the GGN's blocks of one unit, (γ_i, β_i), are exact, with no
     Kronecker approximation.
+
+    Attributes:
+        sizes: of the output.
     """
+
+    sizes: tuple[int, ...]
+
+    @property
+    @abstractmethod
+    def row_dims(self) -> tuple[int, ...]:
+        """The dimensions of the output that may count the examples."""
 
     @abstractmethod
     def rows(self, x: Tensor, sharing: Sharing) -> Tensor:
         """[N, R, units] for Positions, [rows, units] for Segments."""
-
-    def counts(self, examples: int) -> bool:
-        """Whether so many outputs may be those of the examples of this call, or of all their rows.
-
-        Asked where nothing else says which dimension counts the examples.
-        """
-        del examples
-        return True
 
     @abstractmethod
     def gradients(

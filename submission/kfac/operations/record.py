@@ -59,7 +59,8 @@ class Recording(TorchFunctionMode):
         self.bias_nodes: dict[Node, Node] = {}
         self.mixes_examples = self.is_collected = False
         self._tracker = Tracker(parameters)
-        self._bare: dict[int, tuple[Tensor, Call]] = {}  # outputs to which a bias may be added
+        # Outputs to which a bias may be added; they are not kept for it.
+        self._bare: dict[int, tuple[weakref.ref[Tensor], Call]] = {}
         self._log_probabilities: dict[int, tuple[Tensor, Tensor, int]] = {}
         self._listener: Listener | None = None
 
@@ -153,7 +154,7 @@ class Recording(TorchFunctionMode):
         call.handle = y.register_hook(hear)  # type: ignore[no-untyped-call]
         self.calls.append(call)
         if isinstance(use, LinearUse) and use.bias is None:
-            self._bare[id(y)] = (y, call)
+            self._bare[id(y)] = (weakref.ref(y), call)
         return call
 
     def join_bias(self, call: Call, bias: Tensor, y: Tensor) -> None:
@@ -185,7 +186,7 @@ class Recording(TorchFunctionMode):
     def bare_call(self, y: Any) -> Call | None:
         """The call of a linear map without bias whose output a tensor is."""
         found = self._bare.get(id(y))
-        return None if found is None else found[1]
+        return found[1] if found is not None and found[0]() is y else None
 
     def note(self, use: Use, how: str) -> None:
         """Parameters are used in a way that is not a recorded operation."""

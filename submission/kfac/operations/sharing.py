@@ -16,8 +16,10 @@ All functions here are free of host synchronisation: counts stay tensors.
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -215,6 +217,34 @@ def check_names(rule: SharingRule, known: Sequence[str]) -> None:
                 f"sharing names '{key}', which is no layer of the model (nor the beginning of the "
                 f"name of one, up to a dot); there are {', '.join(near)}, ..."
             )
+
+
+def example_dim(
+    sizes: Sequence[int],
+    allowed: Sequence[int],
+    examples: Collection[int],
+    in_front: Collection[int],
+) -> int | None:
+    """Which dimension of a tensor counts the examples, where no rule says it.
+
+    The first one, if the outputs are for as many examples, or for all positions of as many;
+    otherwise the only one that fits. None if none seems to.
+
+    Args:
+        sizes: of its dimensions.
+        allowed: those that may count the examples.
+        examples: how many examples the outputs of each loss are for.
+        in_front: sizes of a first dimension that is one of the outputs.
+    """
+    if 0 in allowed and set(in_front) & set(itertools.accumulate(sizes, operator.mul)):
+        return 0
+    for fits in (
+        [dim for dim in allowed if sizes[dim] in examples],
+        [dim for dim in allowed if sizes[dim] and any(n % sizes[dim] == 0 for n in examples)],
+    ):
+        if len(fits) == 1 or 0 in fits:
+            return fits[0]
+    return None
 
 
 def number_of_examples(sharing: Sharing, rows: Tensor) -> int:

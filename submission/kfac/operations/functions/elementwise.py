@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +30,9 @@ class Elementwise(UnitOperation):
     shape: tuple[int, ...]
     sizes: tuple[int, ...]
 
-    def counts(self, examples: int) -> bool:
-        # Parameters outside of layers are used on tensors of any layout.
-        return examples in itertools.accumulate(self.sizes, operator.mul)
+    @property
+    def row_dims(self) -> tuple[int, ...]:
+        return tuple(dim for dim, size in enumerate(self.shape) if size == 1)
 
     def rows(self, x: Tensor, sharing: Sharing) -> Tensor:
         """[N, R, units] for Positions: R are the positions over which the parameter is broadcast.
@@ -123,7 +121,7 @@ def _record(
 ) -> None:  # fmt: skip
     shape = (*found.view.shape, *(1,) * trailing)
     shape = (*(1,) * (y.dim() - len(shape)), *shape)
-    if len(shape) > y.dim() or y.dim() < 2 or shape[0] != 1:
+    if len(shape) > y.dim() or y.dim() < 2 or 1 not in shape:
         rec.note(use, "an elementwise operation without a dimension of examples")
     elif y.requires_grad:
         rec.add(use, Elementwise(shape, tuple(y.shape)), x, y, **known)

@@ -27,6 +27,7 @@ class Normalisation(UnitOperation):
     """A normalisation with scale and shift.
 
     Attributes:
+        sizes: of the output.
         function: x -> x̂.
         channels: units are the second dimension, everything behind it is shared; otherwise the
             last `trailing` dimensions.
@@ -34,10 +35,15 @@ class Normalisation(UnitOperation):
         is_batch_norm: whether x̂ is (x - mean) · deviation with these.
     """
 
+    sizes: tuple[int, ...]
     function: Callable[[Tensor], Tensor]
     channels: bool = False
     trailing: int = 1
     batch_statistics: Statistics | None = None
+
+    @property
+    def row_dims(self) -> tuple[int, ...]:
+        return (0,) if self.channels else tuple(range(len(self.sizes) - self.trailing))
 
     def normalised(self, x: Tensor) -> Tensor:
         return self.function(x)
@@ -117,7 +123,7 @@ def layer_norm(
     """Units are the trailing dimensions."""
     shape = tuple(normalized_shape)
     operation = Normalisation(
-        lambda x: F.layer_norm(x, shape, None, None, eps), trailing=len(shape)
+        tuple(input.shape), lambda x: F.layer_norm(x, shape, None, None, eps), trailing=len(shape)
     )
     compute = lambda x: func(x, normalized_shape, weight, bias, eps)  # noqa: E731
     return _normalised(rec, weight, bias, input, compute, operation)
@@ -130,7 +136,9 @@ def rms_norm(
 ) -> Any:  # fmt: skip
     """Units are the trailing dimensions."""
     shape = tuple(normalized_shape)
-    operation = Normalisation(lambda x: F.rms_norm(x, shape, None, eps), trailing=len(shape))
+    operation = Normalisation(
+        tuple(input.shape), lambda x: F.rms_norm(x, shape, None, eps), trailing=len(shape)
+    )
     compute = lambda x: func(x, normalized_shape, weight, eps)  # noqa: E731
     return _normalised(rec, weight, None, input, compute, operation)
 
@@ -141,7 +149,9 @@ def group_norm(
     bias: Any = None, eps: float = 1e-5,
 ) -> Any:  # fmt: skip
     """Units are channels."""
-    operation = Normalisation(lambda x: F.group_norm(x, num_groups, None, None, eps), channels=True)
+    operation = Normalisation(
+        tuple(input.shape), lambda x: F.group_norm(x, num_groups, None, None, eps), channels=True
+    )
     compute = lambda x: func(x, num_groups, weight, bias, eps)  # noqa: E731
     return _normalised(rec, weight, bias, input, compute, operation)
 
@@ -159,6 +169,7 @@ def batch_norm(
     if mean is not None and variance is not None:
         statistics = mean.clone(), torch.rsqrt(variance + eps)
     operation = Normalisation(
+        tuple(input.shape),
         lambda x: F.batch_norm(x, mean, variance, None, None, training, 0.0, eps),
         channels=True,
         batch_statistics=statistics,
@@ -180,6 +191,7 @@ def instance_norm(
     """Units are channels."""
     mean, variance = (None, None) if use_input_stats else (running_mean, running_var)
     operation = Normalisation(
+        tuple(input.shape),
         lambda x: F.instance_norm(x, mean, variance, None, None, use_input_stats, 0.0, eps),
         channels=True,
     )

@@ -10,16 +10,20 @@ Where the model is trusted (ρ > 3/4) the damping is lowered, where not (ρ < 1/
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from .blocks.block import Block, InverseSettings, statistics_dtype
-from .blocks.kronecker import EigenInverse
-from .config import SMALLEST_DAMPING
-from .state import KFACState
+from ..blocks.block import Block, statistics_dtype
+from ..blocks.factors import EigenInverse
+from ..config import SMALLEST_DAMPING
+from .inverses import settings_of
+
+if TYPE_CHECKING:
+    from ..preconditioner import Preconditioner
 
 OMEGA = 19 / 20  # per step between two adaptations
 LARGEST_DAMPING = 1 / SMALLEST_DAMPING
@@ -33,35 +37,63 @@ class Trial:
     values: dict[str, Tensor]
 
 
-def begin_trial(blocks: Sequence[Block], parameters: Mapping[str, nn.Parameter]) -> Trial:
-    """Remembers the plain gradients and the parameters of all blocks that have gradients."""
+@torch.no_grad()
+def begin_trial(kfac: Preconditioner) -> Trial:
+    """Remembers the plain gradients and the parameters of all blocks that have gradients.
+
+    Call it after the backward pass and before `precondition`.
+    """
     gradients, values = {}, {}
-    for block in blocks:
-        gradient = block.read({name: p.grad for name, p in parameters.items()})
+    for block in kfac.structure.blocks:
+        gradient = block.read({name: p.grad for name, p in kfac.parameters.items()})
         if gradient is not None:
             gradients[block.name] = gradient.clone()
-            values[block.name] = _values(block, parameters).clone()
+            values[block.name] = _values(block, kfac.parameters).clone()
     return Trial(gradients, values)
 
 
-def predicted_change(
-    blocks: Sequence[Block],
-    state: KFACState,
-    trial: Trial,
-    parameters: Mapping[str, nn.Parameter],
-    settings: InverseSettings,
-) -> float:
+@torch.no_grad()
+def end_trial(kfac: Preconditioner, trial: Trial, loss_before: float, loss_after: float) -> float:
+    """Adapts the damping to how well the step went.
+
+    Args:
+        trial: of `begin_trial`, before the parameters were changed.
+        loss_before, loss_after: the mean loss of the same batch (same dropout) around the step.
+
+    Returns:
+        ρ; minus infinity where no decrease was predicted, NaN for a step that changed nothing,
+        which leaves the damping.
+    """
+    predicted, change = _predicted_change(kfac, trial), loss_after - loss_before
+    if predicted == 0 and change == 0:
+        return float("nan")
+    ratio = change / predicted if predicted < 0 else float("-inf")
+    kfac.damping = adapted_damping(kfac.damping, ratio, kfac.config.inverse_update_steps)
+    return ratio
+
+
+def adapted_damping(damping: float, ratio: float, steps: int) -> float:
+    """The next damping; `steps` since the last adaptation. A ratio that is not finite is bad."""
+    if ratio > 0.75:
+        return max(damping * OMEGA**steps, SMALLEST_DAMPING)
+    if ratio < 0.25 or ratio != ratio:
+        return min(damping / OMEGA**steps, LARGEST_DAMPING)
+    return damping
+
+
+def _predicted_change(kfac: Preconditioner, trial: Trial) -> float:
     """M(δ) for the difference δ between the present parameters and those of the trial.
 
     λ stands beside F itself, however the factors are damped; where it is relative, in units of the
     mean eigenvalue of the block. F has the corrected eigenvalues where an inverse has them.
     """
     total = torch.zeros((), dtype=torch.float64)
-    for block in blocks:
-        own = state.of(block)
+    settings = settings_of(kfac.state, kfac.config, 1)
+    for block in kfac.structure.blocks:
+        own = kfac.state.of(block)
         if block.name not in trial.gradients or own.curvature is None:
             continue
-        values = _values(block, parameters)
+        values = _values(block, kfac.parameters)
         step = (values - trial.values[block.name]).to(statistics_dtype(values))
         change = (trial.gradients[block.name] * step).sum()
         if isinstance(own.inverse, EigenInverse) and own.inverse.corrected is not None:
@@ -72,15 +104,6 @@ def predicted_change(
         change += 0.5 * (curvature + (strength * step.square()).sum())
         total = total.to(change.device) + change.double()
     return float(total)
-
-
-def adapted_damping(damping: float, ratio: float, steps: int) -> float:
-    """The next damping; `steps` since the last adaptation. A ratio that is not finite is bad."""
-    if ratio > 0.75:
-        return max(damping * OMEGA**steps, SMALLEST_DAMPING)
-    if ratio < 0.25 or ratio != ratio:
-        return min(damping / OMEGA**steps, LARGEST_DAMPING)
-    return damping
 
 
 def _values(block: Block, parameters: Mapping[str, nn.Parameter]) -> Tensor:

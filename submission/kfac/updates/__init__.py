@@ -1,0 +1,1 @@
+"""One step's changes of the state: averages, inverses, directions, damping."""

@@ -1,0 +1,170 @@
+"""Update rules: what is written in place of a gradient. One class each, in RULES by its name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..blocks.batches import Batch, make_batches
+from ..blocks.block import Block, Inverse, statistics_dtype
+from ..blocks.factors import EigenInverse
+from ..config import KFACConfig
+from ..linalg.eigenbasis import AdamStep, Basis, Moments, directions
+from ..ranks.placement import exchange_gradients
+from ..state import KFACState
+
+Gradients = Mapping[str, Tensor | None]
+Done = list[tuple[Block, Tensor]]
+
+
+class Rule(ABC):
+    """An update rule for blocks in batches; made anew when inverses or blocks are.
+
+    Args:
+        state: holds the inverses and moments of blocks.
+        blocks: all blocks.
+        parameters: name -> parameter.
+        config: the settings.
+        owners: name of a block -> the rank that computes its inverse.
+    """
+
+    def __init__(
+        self,
+        state: KFACState,
+        blocks: Sequence[Block],
+        parameters: Mapping[str, Tensor],
+        config: KFACConfig,
+        owners: Mapping[str, int],
+    ) -> None:
+        self.blocks, self._state, self._config, self._owners = blocks, state, config, owners
+        self._parameters = parameters
+
+    @abstractmethod
+    def directions(self, gradients: Gradients) -> Done:
+        """The results of one step, of blocks that have any; may change the moments."""
+
+    def _like(self, block: Block) -> Tensor:
+        return self._parameters[block.pieces[0].parameter]
+
+
+class Preconditioned(Rule):
+    """(curvature + damping)⁻¹ times the gradients, of blocks that have an inverse."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        inverses = {b.name: self._state.of(b).inverse for b in self.blocks}
+
+        def put(name: str, inverse: Inverse) -> None:
+            self._state.blocks[name].inverse = inverse
+
+        present = [block for block in self.blocks if inverses[block.name] is not None]
+        self._batches = make_batches(present, inverses, put, self._like)
+
+    def directions(self, gradients: Gradients) -> Done:
+        done: Done = []
+        for batch in self._batches:
+            for part, own in self._with_gradients(batch, gradients):
+                joined = part.join([g.to(statistics_dtype(g)) for g in own])
+                done += zip(part.blocks, part.separate(part.object.apply(joined), own), strict=True)
+        if self._owners and self._config.inverse_placement == "one_rank":
+            return self._exchanged(done, gradients)
+        return done
+
+    def _exchanged(self, done: Done, gradients: Gradients) -> Done:
+        """The results of all ranks, where each keeps only its own blocks' inverses."""
+        results = {block.name: value for block, value in done}
+        exchanged: dict[str, Tensor] = {}
+        for block in self.blocks:
+            if block.name in self._owners:
+                gradient = results.get(block.name)
+                gradient = block.read(gradients) if gradient is None else gradient
+                if gradient is not None:
+                    exchanged[block.name] = gradient.to(statistics_dtype(gradient)).contiguous()
+        exchange_gradients(exchanged, self._owners)
+        results.update(exchanged)
+        return [(block, results[block.name]) for block in self.blocks if block.name in results]
+
+    def _with_gradients(
+        self, batch: Batch, gradients: Gradients
+    ) -> list[tuple[Batch, list[Tensor]]]:
+        """A batch with its gradients, or its blocks one by one where some have none."""
+        own = [block.read(gradients) for block in batch.blocks]
+        present = [g for g in own if g is not None]
+        if len(present) == len(own):
+            return [(batch, present)]
+        return [
+            (Batch((block,), None, self._state.of(block).inverse), [gradient])
+            for block, gradient in zip(batch.blocks, own, strict=True)
+            if gradient is not None
+        ]
+
+
+class EigenbasisAdam(Rule):
+    """Adam's updates in the eigenbasis of the factors, see `linalg.eigenbasis`."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        bases = {block.name: self._basis(block) for block in self.blocks}
+
+        def put(name: str, basis: Basis) -> None:
+            inverse = self._state.blocks[name].inverse
+            assert isinstance(inverse, EigenInverse)
+            inverse.basis = basis
+
+        self._batches = make_batches(self.blocks, bases, put, self._like)
+        self._moments: list[Moments | None] = [None] * len(self._batches)
+
+    def _basis(self, block: Block) -> Basis | None:
+        inverse = self._state.of(block).inverse
+        basis = None if inverse is None else inverse.eigenbasis()
+        return None if basis is None or basis.is_trivial else basis
+
+    def directions(self, gradients: Gradients) -> Done:
+        ready: list[tuple[Batch, list[Tensor], Moments]] = []
+        for number, batch in enumerate(self._batches):
+            own = [block.read(gradients) for block in batch.blocks]
+            present = [g.to(statistics_dtype(g)) for g in own if g is not None]
+            if len(present) == len(own):
+                moments = self._moments[number]
+                if moments is None:
+                    moments = self._moments[number] = self._joined_moments(batch, present)
+                ready.append((batch, present, moments))
+                continue
+            self._moments[number] = None
+            with_gradient = (b for b, g in zip(batch.blocks, own, strict=True) if g is not None)
+            for block, gradient in zip(with_gradient, present, strict=True):
+                single = Batch((block,), None, self._basis(block))
+                ready.append((single, [gradient], self._joined_moments(single, [gradient])))
+        if not ready:
+            return []
+        joined = [batch.join(own) for batch, own, _ in ready]
+        config = self._config
+        step = AdamStep.of(self._state.count, joined, betas=config.betas, epsilon=config.epsilon)
+        self._state.count = step.count
+        bases = [batch.object or Basis() for batch, _, _ in ready]
+        updates = directions(bases, [moments for _, _, moments in ready], joined, step)
+        done: Done = []
+        for (batch, like, _), update in zip(ready, updates, strict=True):
+            done += zip(batch.blocks, batch.separate(update, like), strict=True)
+        return done
+
+    def _joined_moments(self, batch: Batch, like: Sequence[Tensor]) -> Moments:
+        """The moments of a batch; those that the state keeps become views, and change with them."""
+        own = []
+        for block, gradient in zip(batch.blocks, like, strict=True):
+            kept = self._state.of(block).moments
+            own.append(Moments.zeros_like(gradient) if kept is None else kept)
+        first, second = batch.join([m.first for m in own]), batch.join([m.second for m in own])
+        views = zip(batch.separate(first, like), batch.separate(second, like), strict=True)
+        for block, (one, two) in zip(batch.blocks, views, strict=True):
+            self._state.of(block).moments = Moments(one, two)
+        return Moments(first, second)
+
+
+RULES: dict[str, type[Rule]] = {
+    "preconditioned": Preconditioned,
+    "eigenbasis_adam": EigenbasisAdam,
+}
