@@ -41,6 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     covered = commands.add_parser("coverage", help=text, description=text)
     covered.add_argument("names", nargs="*", metavar="NAME", help=", ".join(ARCHITECTURES))
     covered.add_argument("--markdown", action="store_true", help="print a table for the docs")
+    covered.add_argument("--steps", type=int, metavar="N",
+        help="instead: the loss after N steps on one batch with KFAC's defaults")  # fmt: skip
     probe = commands.add_parser("probe", help="one measurement of `memory`, printed as JSON")
     probe.add_argument("row")
     probe.add_argument("model")
@@ -159,14 +161,18 @@ def _run_profile(options: Any, device: torch.device, console: Console) -> list[d
     return results
 
 
-def _run_coverage(names: Sequence[str], markdown: bool) -> int:
+def _run_coverage(names: Sequence[str], markdown: bool, steps: int | None) -> int:
     unknown = [name for name in names if name not in ARCHITECTURES]
     if unknown:
         known = ", ".join(ARCHITECTURES)
         print(f"error: no architecture '{unknown[0]}'; there are {known}", file=sys.stderr)
         return 2
     results = [coverage.coverage_of(name) for name in names or ARCHITECTURES]
-    if markdown:
+    if steps is not None:
+        installed = [one.name for one in results if not one.missing]
+        ratios = {name: coverage.first_steps(name, steps) for name in installed}
+        print(coverage.first_steps_markdown(ratios, steps))
+    elif markdown:
         print(coverage.coverage_markdown(results))
     else:
         Console(width=160).print(coverage.coverage_table(results))
@@ -186,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     options = _parser().parse_args(arguments)
     if options.command == "coverage":
-        return _run_coverage(options.names, options.markdown)
+        return _run_coverage(options.names, options.markdown, options.steps)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print("error: --device cuda, but torch finds no GPU: use --device cpu", file=sys.stderr)

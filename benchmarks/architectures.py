@@ -56,7 +56,8 @@ def _language(name: str, head: str, **options: Any) -> Architecture:
     model = getattr(library, head)(config)
     ids = _tokens()
     if config.is_encoder_decoder:
-        return Architecture(model, lambda m: m(input_ids=ids, labels=_tokens()).loss)
+        labels = _tokens()
+        return Architecture(model, lambda m: m(input_ids=ids, labels=labels).loss)
     return Architecture(model, lambda m: m(input_ids=ids, labels=ids).loss)
 
 

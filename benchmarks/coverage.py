@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from rich.table import Table
 
-from benchmarks.architectures import ARCHITECTURES
-from submission.kfac import KFACConfig, Preconditioner
+from benchmarks.architectures import ARCHITECTURES, Architecture
+from submission.kfac import KFAC, KFACConfig, Preconditioner
 
 LARGEST = 3  # blocks without factors that are named
+RATES = (1e-3, 3e-3, 1e-2)  # that Adam would take on small models
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,42 @@ def coverage_of(name: str) -> Coverage:
     rest = sorted((row for row in rows if row.reason), key=lambda row: -row.parameters)
     named = "; ".join(f"{r.name} ({r.parameters:,}: {r.reason})" for r in rest[:LARGEST])
     return Coverage(name, total, 100 * covered / total, named)
+
+
+def first_steps(name: str, steps: int) -> list[float]:
+    """Loss after some steps on one batch over the loss before, for each of RATES.
+
+    With KFAC's defaults; dropout as in training, the same before and after.
+    """
+    ratios = []
+    for rate in RATES:
+        torch.manual_seed(0)
+        case = ARCHITECTURES[name]()
+        optimizer = KFAC(case.model, lr=rate, **case.settings)
+        before = _loss_of(case)
+        for _ in range(steps):
+            with optimizer.record(case.sharing):
+                loss = case.loss(case.model)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+        ratios.append(_loss_of(case) / before)
+    return ratios
+
+
+def _loss_of(case: Architecture) -> float:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        return float(case.loss(case.model))
+
+
+def first_steps_markdown(results: dict[str, list[float]], steps: int) -> str:
+    """The table for the docs."""
+    head = " | ".join(f"lr {rate:g}" for rate in RATES)
+    lines = [f"| loss after {steps} steps / before | {head} |", "|---" * (len(RATES) + 1) + "|"]
+    for name, ratios in results.items():
+        lines.append(f"| {name} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
+    return "\n".join(lines)
 
 
 def coverage_table(results: list[Coverage]) -> Table:

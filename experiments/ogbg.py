@@ -8,6 +8,7 @@ K-FAC-reduce in front of it.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ __all__ = ["PAPER", "PAPER_SIZE", "SMALL", "add_flags", "draw", "run", "tables"]
 
 FIGURE = FIGURES["ogbg"]
 METHODS = ("nesterov", "kfac_expand_nesterov", "kfac_reduce_nesterov")
+# Levels that Nesterov reaches; the quickstart's own, for its best rule, are above them.
+VALIDATION_TARGET, TEST_TARGET = 0.575, 0.58
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
@@ -44,5 +47,9 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 def run(options: argparse.Namespace, folder: Path, console: Console) -> dict[str, Any]:
     """Nine runs, or as many seeds as asked for."""
-    contest = target_runs.of_study("molecules", METHODS)
+    contest = replace(
+        target_runs.of_study("molecules", METHODS),
+        validation_target=VALIDATION_TARGET,
+        test_target=TEST_TARGET,
+    )
     return target_runs.run(contest, options, folder, console)

@@ -27,17 +27,10 @@ from .blocks.block import Block, write
 from .blocks.public import Curvature
 from .blocks.structure import Structure
 from .config import KFACConfig, check_damping, is_due
+from .fisher import step as of_step
 from .fisher.likelihoods import Likelihood, as_likelihood
 from .fisher.losses import LossTerms, check_class_dim, check_statement, terms_of
-from .fisher.step import (
-    DROPPED,
-    NO_GRAPH,
-    NO_LOSS,
-    NOT_COME,
-    NOT_RECORDED,
-    RecordedPass,
-    StepStatistics,
-)
+from .fisher.step import RecordedPass, StepStatistics
 from .linalg.precision import without_autocast
 from .operations.compiled import NOT_SEEN, CompiledModelError, uncompiled
 from .operations.record import Recording
@@ -166,7 +159,7 @@ class Preconditioner:
             CompiledModelError: the model is compiled, and none of its operations was seen.
         """
         if self._pass is not None and self._pass.waits_for_loss:
-            logger.warning(DROPPED)
+            logger.warning(of_step.DROPPED)
             self._drop_pass()
         self._end_pass()
         if not self.factors_due:
@@ -219,9 +212,9 @@ class Preconditioner:
             return
         likelihood = as_likelihood(likelihood)
         if self._pass is None:
-            raise RuntimeError(NOT_RECORDED)
+            raise RuntimeError(of_step.NOT_RECORDED)
         if not logits.requires_grad:
-            raise RuntimeError(NO_GRAPH)
+            raise RuntimeError(of_step.NO_GRAPH)
         self._states_losses = True
         check_statement(self._pass.recording.losses, logits, likelihood)
         if self._state.step == 0:
@@ -318,8 +311,7 @@ class Preconditioner:
     def refresh(self) -> None:
         """Takes in the factors of this step, renews the inverses when they are due, ends the step.
 
-        For update rules that work in the eigenbasis of the factors themselves; `precondition`
-        does it first.
+        `precondition` does it first.
 
         Raises:
             KFACError: `max_failures` updates in a row had to be dropped.
@@ -332,7 +324,7 @@ class Preconditioner:
     def _refresh(self) -> None:
         if self._pass is not None and self._pass.waits_for_loss:
             self._drop_pass()
-            raise RuntimeError(NOT_COME)
+            raise RuntimeError(of_step.NOT_COME)
         self._check_recorded()
         self._end_pass()
         troubles: list[Trouble] = []
@@ -359,10 +351,10 @@ class Preconditioner:
         if not self._due(self.config.factor_update_steps) or self._statistics.is_begun:
             return
         if not self._was_recorded:
-            raise RuntimeError(NOT_RECORDED)
+            raise RuntimeError(of_step.NOT_RECORDED)
         if self._pass is not None and not self._pass.losses:
             self._drop_pass()
-            raise RuntimeError(NO_LOSS)
+            raise RuntimeError(of_step.NO_LOSS)
 
     # ---- what it holds ----------------------------------------------------------------------
 

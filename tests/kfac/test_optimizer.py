@@ -183,6 +183,16 @@ def test_a_run_goes_on_from_its_state_as_if_it_had_not_stopped(base, tmp_path):
         wrong.load_state_dict(saved["optimizer"])
 
 
+def test_wide_layers_keep_the_diagonal_of_their_factor_unless_asked_otherwise():
+    for settings, diagonal in (({}, True), ({"max_factor_side": 4096}, False)):
+        model = nn.Linear(2500, 2)
+        optimizer = KFAC(model, lr=1e-3, **settings)
+        with optimizer.record():
+            F.cross_entropy(model(torch.randn(4, 2500)), torch.tensor([0, 1, 0, 1]))
+        (row,) = optimizer.report()
+        assert row.sides.startswith("diag 2501" if diagonal else "2501")
+
+
 def test_pairs_of_names_and_parameters_are_a_model():
     model, other = net(), net()
     optimizer, named = KFAC(model, lr=0.01), KFAC(list(other.named_parameters()), lr=0.01)

@@ -2,7 +2,7 @@
 
 A linear map is applied to rows a_nr (position r of example n); g_nr is the would-be gradient of its
 output there. Equation numbers are those of Eschenhagen et al. (NeurIPS 2023). Both approximations
-are second moments of rows; they differ in what a row is. `blocks.kronecker` calls these functions
+are second moments of rows; they differ in what a row is. `blocks.kronecker_sums` calls them
 and divides A by the number of rows and B by the number of loss terms:
 
     A = 1/rows Σ row rowᵀ,      B = 1/terms Σ row rowᵀ.

@@ -93,17 +93,6 @@ class SecondMoment:
         else:
             self.matrix()[:, :d, :d] += product
 
-    def without_last(self) -> SecondMoment:
-        """The sum without the last row and column."""
-        side = self.side - 1
-        found = SecondMoment((self.groups, side), self._like, diagonal=self.diagonal)
-        if self._rows is not None:
-            found._rows, found._most_rows = self._rows[..., :-1], self._rows.shape[-2]
-        elif self._matrix is not None:
-            cut = self._matrix[..., :-1] if self.diagonal else self._matrix[..., :-1, :-1]
-            found._matrix = cut.contiguous()
-        return found
-
     def rescale(self, factor: Tensor) -> None:
         """Makes the sum that of `factor` times the rows."""
         if self._rows is not None:

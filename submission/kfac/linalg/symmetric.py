@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 
-import torch
 from torch import Tensor
 
 Panel = tuple[int, int]  # its first row, and the row after its last one
@@ -30,20 +29,3 @@ def mirror(matrix: Tensor, parts: list[Panel]) -> None:
     """Fills what is left of the panels of a matrix [..., d, d], in place."""
     for first, end in parts[:-1]:
         matrix[..., end:, first:end] = matrix[..., first:end, end:].mT
-
-
-def pack(matrix: Tensor, width: int) -> Tensor:
-    """The panels of a matrix [..., d, d] in one row, little more than half of its entries."""
-    pieces = views(matrix, panels(matrix.shape[-1], width))
-    return torch.cat([piece.reshape(-1) for piece in pieces])
-
-
-def unpack(flat: Tensor, shape: torch.Size, width: int) -> Tensor:
-    """The panels again in a matrix of this shape, zeros to the left of them."""
-    matrix = flat.new_zeros(shape)
-    parts = panels(shape[-1], width)
-    start = 0
-    for view in views(matrix, parts):
-        view.copy_(flat[start : start + view.numel()].view_as(view))
-        start += view.numel()
-    return matrix

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
 
 Handler = Callable[..., Any]
 HANDLERS: dict[Any, Handler] = {}

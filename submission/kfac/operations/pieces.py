@@ -105,11 +105,6 @@ class Matrix:
         """[groups, P_out, P_in] of a tensor in the parameter's shape."""
         return self.piece.of(tensor).reshape(self.shape)
 
-    @property
-    def transposed_entries(self) -> tuple[Any, ...]:
-        """Equal for a matrix and its transpose."""
-        return self.piece.entries
-
 
 class Alias:
     """A tensor of the forward pass that is a piece of a parameter.
