@@ -17,6 +17,7 @@ from submission.kfac import (
     UnitwiseCurvature,
     curvature,
 )
+from submission.kfac.operations.sharing import example_dim
 
 
 def check_unitwise(model, layer, x, class_dim=-1):
@@ -307,3 +308,21 @@ def test_examples_in_another_dimension_are_stated_or_found_by_their_number(is_st
     for name in ("scale", "shift"):
         truth = exact_diagonal(model, name, x).flatten()
         torch.testing.assert_close(diagonal_of(found[name], UnitwiseCurvature), truth)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "examples", "expected"),
+    [
+        ((5, 7), 5, 0),  # in front
+        ((5, 7), 35, 0),  # outputs for every position
+        ((7, 5), 5, 1),  # time in front
+        ((5, 7), 30, 0),  # outputs for six of the seven positions
+        ((30, 5), 5, None),  # five examples' windows may be folded in front
+        ((64 * 9, 16), 64, None),
+        ((7, 6), 5, None),
+        ((5, 5, 3), 5, 0),
+        ((7, 5, 5), 5, None),
+    ],
+)
+def test_which_dimension_counts_the_examples(sizes, examples, expected):
+    assert example_dim(sizes, range(len(sizes)), {examples}, {examples}) == expected

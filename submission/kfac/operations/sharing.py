@@ -227,8 +227,9 @@ def example_dim(
 ) -> int | None:
     """Which dimension of a tensor counts the examples, where no rule says it.
 
-    The first one, if the outputs are for as many examples, or for all positions of as many;
-    otherwise the only one that fits. None if none seems to.
+    The first one, if the outputs are for as many examples, or for some positions of as many;
+    otherwise the only one of that size. None where there is none, or where rows of several
+    examples may be folded into the first one.
 
     Args:
         sizes: of its dimensions.
@@ -238,13 +239,13 @@ def example_dim(
     """
     if 0 in allowed and set(in_front) & set(itertools.accumulate(sizes, operator.mul)):
         return 0
-    for fits in (
-        [dim for dim in allowed if sizes[dim] in examples],
-        [dim for dim in allowed if sizes[dim] and any(n % sizes[dim] == 0 for n in examples)],
-    ):
-        if len(fits) == 1 or 0 in fits:
-            return fits[0]
-    return None
+    if any(n > 1 and sizes[0] % n == 0 for n in examples):
+        return None
+    same = [dim for dim in allowed if sizes[dim] in examples]
+    if len(same) == 1:
+        return same[0]
+    in_some = sizes[0] > 0 and any(n % sizes[0] == 0 for n in examples)
+    return 0 if 0 in allowed and in_some else None
 
 
 def number_of_examples(sharing: Sharing, rows: Tensor) -> int:
