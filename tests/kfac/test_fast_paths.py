@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from submission.kfac import KFACConfig, Positions, Preconditioner, curvature, tuning
-from submission.kfac.linalg import moments, symmetric
+from submission.kfac.linalg import moments
 from submission.kfac.linalg.convolution import correlations, patches, shifted_products
 from submission.kfac.linalg.low_rank import most_rows
 from submission.kfac.linalg.precision import products_in
@@ -163,22 +163,6 @@ def test_a_fresh_moment_has_nothing_of_the_memory_that_it_is_written_to(
     assert moment is used
     torch.testing.assert_close(moment, rows.mT @ rows, **close)
     torch.testing.assert_close(moments.outer_products(rows, True), rows.square().sum(1))
-
-
-@pytest.mark.parametrize("width", [1, 3, 7, 100])
-@pytest.mark.parametrize("side", [1, 2, 10, 23])
-def test_a_packed_matrix_comes_back_to_the_bit(side, width):
-    edges = symmetric.panels(side, width)
-    assert [end for _, end in edges[:-1]] == [first for first, _ in edges[1:]]
-    assert (edges[0][0], edges[-1][1]) == (0, side)
-    matrix = torch.randn(2, side, side)
-    matrix += matrix.mT.clone()
-    flat = symmetric.pack(matrix, width)
-    assert flat.numel() <= 2 * (side * side + side * min(side, 2 * width)) / 2
-    found = symmetric.unpack(flat, matrix.shape, width)
-    assert torch.equal(found.triu(), matrix.triu())
-    symmetric.mirror(found, edges)
-    assert torch.equal(found, matrix)
 
 
 @pytest.mark.usefixtures("way")
