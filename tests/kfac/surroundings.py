@@ -248,7 +248,7 @@ def pipeline_stage() -> str:
 
 
 def _continues(change: Callable[[nn.Module], nn.Module]) -> None:
-    """Half of the training, a change that leaves the values, the other half: as without it."""
+    """Half of the training, a change, the other half: every parameter is followed and trained."""
     model = net()
     optimizer = paper(model)
     for number in range(STEPS // 2):
@@ -1007,9 +1007,10 @@ def table() -> str:
     lines = [
         "# What may stand around the engine",
         "",
-        "Made by `python tests/kfac/surroundings.py`: every row was tried. Supported: training is "
-        "the same as without it (to 1e-10 in float64 unless the row says otherwise). Refused: an "
-        "error, before anything is changed, with what to do.",
+        "Made by `python tests/kfac/surroundings.py`: every row was tried. Supported: the parameters "
+        "are those of plain training to 1e-10 in float64; where the surrounding changes the model "
+        "itself (rows `parameters`), every parameter is followed and trained. Refused: an error that "
+        "says what to do, before a parameter is changed.",
         "",
         "| | surrounding | |",
         "|---|---|---|",
