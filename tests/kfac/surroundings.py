@@ -1007,10 +1007,11 @@ def table() -> str:
     lines = [
         "# What may stand around the engine",
         "",
-        "Made by `python tests/kfac/surroundings.py`: every row was tried. Supported: the "
-        "parameters are those of plain training to 1e-10 in float64; where the surrounding changes "
-        "the model itself (rows `parameters`), every parameter is followed and trained. Refused: an error that "
-        "says what to do, before a parameter is changed.",
+        "Made by `python tests/kfac/surroundings.py`: every row was tried. Supported: the"
+        " parameters are those of plain training to 1e-10 in float64; where the "
+        "surrounding changes the model itself (rows `parameters`), every parameter is "
+        "followed and trained. Refused: an error that says what to do, before a parameter"
+        " is changed.",
         "",
         "| | surrounding | |",
         "|---|---|---|",
