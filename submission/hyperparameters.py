@@ -22,6 +22,7 @@ from .kfac.config import FALLBACKS, FISHER_TYPES, KFAC_APPROXES, SMALLEST_DAMPIN
 from .kfac.linalg.damping import DAMPING_KINDS
 from .kfac.linalg.kfac import RAGGED_SCALINGS
 from .kfac.linalg.precision import PRECISIONS
+from .kfac.updates.directions import RULES
 from .optimizers import UPDATE_RULES
 from .schedules import SCHEDULES
 
@@ -59,7 +60,8 @@ class Hyperparameters:
         kfac_approx: "expand", "reduce", "auto" (see `kfac.KFACConfig`), or "none": the update rule
             on the plain gradient, which is the reference of a comparison.
         update_rule: what consumes the preconditioned gradient: "nesterov" or "nadamw"; or
-            "eigenbasis_adam", Adam in the eigenbasis of the factors.
+            "eigenbasis_adam", Adam in the eigenbasis of the factors, or its polar factor,
+            "eigenbasis_polar".
         learning_rate: peak of the schedule.
         beta1: momentum (Nesterov), or decay of the first moment (NAdamW).
         beta2, epsilon: of NAdamW.
@@ -155,8 +157,8 @@ class Hyperparameters:
                 f"hyperparameter 'inverse_update_steps' is {self.inverse_update_steps}; it must "
                 f"be a multiple of 'factor_update_steps' ({self.factor_update_steps})"
             )
-        if self.update_rule == "eigenbasis_adam":
-            self._check_eigenbasis_adam()
+        if self._is_in_the_eigenbasis:
+            self._check_eigenbasis()
         if self.eigenvalue_correction and self.damping_kind != "exact":
             raise HyperparameterError(
                 f"hyperparameter 'damping_kind' is {self.damping_kind!r}; it must be 'exact' with "
@@ -172,7 +174,7 @@ class Hyperparameters:
                 f"'training_steps' ({self.training_steps})"
             )
 
-    def _check_eigenbasis_adam(self) -> None:
+    def _check_eigenbasis(self) -> None:
         wrong = {
             "kfac_approx": self.kfac_approx == "none",
             "eigenvalue_correction": self.eigenvalue_correction,
@@ -182,8 +184,13 @@ class Hyperparameters:
             if given:
                 raise HyperparameterError(
                     f"hyperparameter '{name}' is {getattr(self, name)!r}; update_rule "
-                    "'eigenbasis_adam' works in the eigenbasis of K-FAC's factors, without damping"
+                    f"{self.update_rule!r} works in the eigenbasis of K-FAC's factors, without "
+                    "damping"
                 )
+
+    @property
+    def _is_in_the_eigenbasis(self) -> bool:
+        return self.update_rule in RULES and RULES[self.update_rule].is_finished
 
     def kfac_config(self, seed: int) -> KFACConfig | None:
         """The engine's settings, or None for kfac_approx="none"."""
@@ -191,7 +198,7 @@ class Hyperparameters:
             return None
         shared = {f.name for f in fields(KFACConfig)} & {f.name for f in fields(self)}
         settings = {name: getattr(self, name) for name in sorted(shared)}
-        if self.update_rule == "eigenbasis_adam":
+        if self._is_in_the_eigenbasis:
             settings |= {"direction": self.update_rule, "damping_kind": "exact"}
             settings |= {"betas": (self.beta1, self.beta2)}
         return KFACConfig(seed=seed, **settings)

@@ -3,7 +3,8 @@
 | rule | source |
 |---|---|
 | `nesterov` | SGD with Nesterov momentum, as AlgoPerf's ogbg reference (Sutskever et al. 2013) |
-| `eigenbasis_adam` | Adam in the eigenbasis of K-FAC's factors, see `kfac.eigenbasis_adam` |
+| `eigenbasis_adam` | Adam in the eigenbasis of K-FAC's factors, see `kfac.linalg.eigenbasis` |
+| `eigenbasis_polar` | its polar factor, see `kfac.updates.directions` |
 | `nadamw` | Adam with Nesterov momentum and decoupled weight decay, as AlgoPerf's ViT reference |
 """
 
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
+
+from .kfac.updates.directions import RULES
 
 
 class NAdamW(Optimizer):
@@ -123,5 +126,6 @@ def _plain(parameters: Iterable[Tensor], hyperparameters: Any) -> Optimizer:
 UPDATE_RULES: dict[str, Callable[[Iterable[Tensor], Any], Optimizer]] = {
     "nesterov": _nesterov,
     "nadamw": _nadamw,
-    "eigenbasis_adam": _plain,  # `KFAC` has made the update
+    # The engine has made the update.
+    **{name: _plain for name, rule in RULES.items() if rule.is_finished},
 }

@@ -11,13 +11,10 @@ from .linalg.damping import DAMPING_KINDS
 from .linalg.kfac import RAGGED_SCALINGS
 from .linalg.precision import PRECISIONS
 from .ranks.placement import PLACEMENTS
+from .updates.directions import RULES, Rule
 
 KFAC_APPROXES = ("expand", "reduce", "auto")
 FISHER_TYPES = ("mc", "type-2", "empirical")
-DIRECTIONS = {
-    "preconditioned": "the inverse of the damped curvature times the gradient",
-    "eigenbasis_adam": "Adam's update in the eigenbasis of the factors, see `linalg.eigenbasis`",
-}
 FALLBACKS = ("diagonal", "gradient")
 SMALLEST_DAMPING = 1e-30  # whose reciprocal is a float32
 
@@ -37,10 +34,11 @@ class KFACConfig:
         eigenvalue_correction: replace the eigenvalues of A ⊗ B by second moments in its
             eigenbasis (EKFAC); needs damping_kind "exact". Keeps all rows of a factor update in
             memory until the end of the step.
-        direction: see DIRECTIONS; "eigenbasis_adam" needs damping_kind "exact", whose eigenvectors
-            are its basis. It replaces `.grad` by a finished update, to be multiplied by a learning
-            rate; the damping has no part in it.
-        betas, epsilon: of "eigenbasis_adam", see there.
+        direction: what `.grad` is replaced by, see `updates.directions.RULES`: "preconditioned",
+            the inverse of the damped curvature times the gradient; "eigenbasis_adam" or
+            "eigenbasis_polar", a finished update, to be multiplied by a learning rate. They need
+            damping_kind "exact", whose eigenvectors are their basis; the damping has no part in it.
+        betas, epsilon: of "eigenbasis_adam" and "eigenbasis_polar", see `linalg.eigenbasis`.
         factor_decay: weight of the old factors in the moving average; 0 keeps none.
         factor_update_steps: steps between updates of the factors.
         inverse_update_steps: steps between updates of the inverses; a multiple of the former.
@@ -99,8 +97,8 @@ class KFACConfig:
                 "bias 'output' needs the inverse of B by itself: damping_kind must not be 'exact'"
             )
         _check_choice("fallback", self.fallback, FALLBACKS)
-        _check_choice("direction", self.direction, tuple(DIRECTIONS))
-        self._check_eigenbasis()
+        _check_choice("direction", self.direction, tuple(RULES))
+        self._check_rule()
         _check_choice("inverse_placement", self.inverse_placement, tuple(PLACEMENTS))
         if isinstance(self.exclude, str):
             raise ValueError(f"exclude must be a tuple of names, not the string {self.exclude!r}")
@@ -127,27 +125,23 @@ class KFACConfig:
                 "new to invert"
             )
 
-    def _check_eigenbasis(self) -> None:
+    @property
+    def rule(self) -> type[Rule]:
+        """What `direction` names."""
+        return RULES[self.direction]
+
+    def _check_rule(self) -> None:
         if any(not 0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be in [0, 1), not {self.betas}")
         if not (math.isfinite(self.epsilon) and self.epsilon > 0):
             raise ValueError(f"epsilon must be positive and finite, not {self.epsilon}")
-        if self.direction != "eigenbasis_adam":
-            return
-        wrong = {
-            "damping_kind": (self.damping_kind, "exact"),
-            "eigenvalue_correction": (self.eigenvalue_correction, False),
-        }
-        for name, (value, needed) in wrong.items():
-            if value != needed:
+        for name, allowed in self.rule.needs.items():
+            value = getattr(self, name)
+            if value not in allowed:
                 raise ValueError(
-                    f"direction 'eigenbasis_adam' needs {name}={needed!r}, not {value!r}"
+                    f"direction {self.direction!r} needs {name}="
+                    f"{' or '.join(repr(one) for one in allowed)}, not {value!r}"
                 )
-        if self.inverse_placement == "one_rank":
-            raise ValueError(
-                "direction 'eigenbasis_adam' keeps its moments on every rank: inverse_placement "
-                "must be 'every_rank' or 'exchanged'"
-            )
 
 
 def check_damping(value: float) -> None:

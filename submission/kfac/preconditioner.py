@@ -40,7 +40,7 @@ from .report import ReportRow, format_report, report_rows
 from .seen_model import SeenModel
 from .state import KFACState, Trouble, account, timed
 from .updates.averages import correct_eigenvalues, take_in
-from .updates.directions import RULES, Rule
+from .updates.directions import Rule
 from .updates.inverses import refresh_inverses
 
 logger = logging.getLogger(__name__)
@@ -49,8 +49,8 @@ logger = logging.getLogger(__name__)
 class Preconditioner:
     """Kronecker-factored preconditioner of a model's gradients.
 
-    With `KFACConfig(direction="eigenbasis_adam")` it writes Adam's update in the eigenbasis of the
-    factors in place of the preconditioned gradient.
+    With another `direction` than "preconditioned" it writes a finished update in place of the
+    preconditioned gradient.
 
     Args:
         model: any module; wrappers of DDP and torch.compile are looked through.
@@ -302,7 +302,7 @@ class Preconditioner:
     @timed("precondition")
     def _directions(self, gradients: Mapping[str, Tensor | None]) -> list[tuple[Block, Tensor]]:
         if self._rule is None or self._rule.blocks is not self.structure.blocks:
-            self._rule = RULES[self.config.direction](
+            self._rule = self.config.rule(
                 self._state, self.structure.blocks, self.parameters, self.config, self._seen.owners
             )
         return self._rule.directions(gradients)

@@ -30,7 +30,7 @@ def report_rows(
     structure: Structure, config: KFACConfig, state: KFACState | None = None
 ) -> list[ReportRow]:
     """Rows in the order of the blocks."""
-    adam = config.direction == "eigenbasis_adam"
+    adam = config.rule.is_finished
     rows = []
     for block in structure.blocks:
         raw = config.fallback == "gradient" and not adam and not block.has_factors

@@ -167,7 +167,7 @@ class SeenModel:
         for name in list(state.blocks):
             if name not in now or before.get(name, now[name]) != now[name]:
                 del state.blocks[name]
-        adam = self._config.direction == "eigenbasis_adam"
+        adam = self._config.rule.is_finished
         self.observed = [b.name for b in self.structure.blocks if b.has_factors or not adam]
         costs = {b.name: b.cost() for b in self.structure.blocks if b.has_factors}
         self.owners = owners(costs, self._config.inverse_placement)

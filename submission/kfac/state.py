@@ -44,7 +44,7 @@ class BlockState:
         curvature: on average; None before the block was reached.
         updates: number of updates in the average.
         inverse: None before it was made, or where another rank has it.
-        moments: of "eigenbasis_adam".
+        moments: of "eigenbasis_adam" and "eigenbasis_polar".
         shared_over: how its rows are shared, in words.
     """
 
@@ -80,7 +80,7 @@ class KFACState:
         seconds: time spent, by phase.
         examples_share: share of the examples whose rows enter the factors; halved whenever memory
             runs out.
-        count: of "eigenbasis_adam": the number of steps in the moments.
+        count: likewise: the number of steps in the moments.
         blocks: name of a block -> what is kept of it.
     """
 

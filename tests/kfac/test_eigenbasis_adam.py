@@ -1,4 +1,4 @@
-"""Adam in the eigenbasis of the factors."""
+"""Adam in the eigenbasis of the factors, and its polar factor."""
 
 import copy
 
@@ -9,14 +9,15 @@ from nets import Mean
 from torch import nn
 
 from submission.kfac import KFACConfig, Preconditioner
+from submission.kfac.linalg.polar import polar_factor
 from submission.optimizers import NAdamW
 
 BETAS, EPSILON = (0.9, 0.99), 1e-8
 
 
-def settings_of(every, **settings):
+def settings_of(every, direction="eigenbasis_adam", **settings):
     return KFACConfig(
-        direction="eigenbasis_adam", damping_kind="exact", fisher_type="type-2",
+        direction=direction, damping_kind="exact", fisher_type="type-2",
         factor_update_steps=every, inverse_update_steps=every, early_updates=False,
         betas=BETAS, epsilon=EPSILON, **settings,
     )  # fmt: skip
@@ -124,9 +125,9 @@ def net():
     )
 
 
-def config(**settings):
+def config(direction="eigenbasis_adam", **settings):
     return KFACConfig(
-        direction="eigenbasis_adam", damping_kind="exact", factor_decay=0.9,
+        direction=direction, damping_kind="exact", factor_decay=0.9,
         factor_update_steps=3, inverse_update_steps=3, **settings,
     )  # fmt: skip
 
@@ -150,15 +151,16 @@ def train(model, kfac, optimizer, steps):
 
 
 @pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
-def test_it_trains_everything_and_resumes_to_the_bit(kfac_approx):
+@pytest.mark.parametrize("direction", ["eigenbasis_adam", "eigenbasis_polar"])
+def test_it_trains_everything_and_resumes_to_the_bit(direction, kfac_approx):
     model = net()
-    kfac = Preconditioner(model, config(kfac_approx=kfac_approx))
+    kfac = Preconditioner(model, config(direction, kfac_approx=kfac_approx))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, weight_decay=0.01)
     before = [p.detach().clone() for p in model.parameters()]
     losses = train(model, kfac, optimizer, range(8))
     assert all(not torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
     resumed = copy.deepcopy(model)
-    again = Preconditioner(resumed, config(kfac_approx=kfac_approx))
+    again = Preconditioner(resumed, config(direction, kfac_approx=kfac_approx))
     again.load_state_dict(copy.deepcopy(kfac.state_dict()))
     other = torch.optim.SGD(resumed.parameters(), lr=0.02, weight_decay=0.01)
     losses += train(model, kfac, optimizer, range(8, 60))
@@ -228,3 +230,62 @@ def test_a_step_that_is_not_finite_enters_no_moment():
 def test_settings_that_do_not_go_together(settings, message):
     with pytest.raises(ValueError, match=message):
         KFACConfig(direction="eigenbasis_adam", **settings)
+
+
+def polar(matrix):
+    """In the directions that the matrix has: the gradients of a softmax, say, add up to zero."""
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    present = values > 1e-6 * values.amax(-1, keepdim=True)
+    return (left * present[..., None, :]) @ right
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (5, 3), (4, 4), (2, 3, 6), (2, 2, 8, 5)])
+def test_a_polar_factor_has_singular_values_of_one(shape):
+    matrix = torch.randn(shape) * 1e-6
+    torch.testing.assert_close(polar_factor(matrix), polar(matrix), rtol=0, atol=3e-3)
+
+
+def test_the_polar_factor_of_few_directions_is_in_them_and_of_none_is_zero():
+    rows, columns = torch.randn(8, 2), torch.randn(2, 9)
+    found = torch.linalg.svdvals(polar_factor(rows @ columns))
+    torch.testing.assert_close(found[:2], torch.ones(2), rtol=0, atol=2e-3)
+    assert found[2:].max() < 1e-6
+    assert not polar_factor(torch.zeros(3, 4)).any()
+
+
+def test_eigenbasis_polar_is_the_polar_factor_of_adams_update_of_its_norm():
+    """Layers of equal and other shapes, a grouped convolution, and what has no factors."""
+
+    class Net(nn.Sequential):
+        def __init__(self):
+            super().__init__(
+                nn.Conv2d(4, 6, 3, groups=2), nn.Flatten(), nn.Linear(24, 5), nn.LayerNorm(5),
+                nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3),
+            )  # fmt: skip
+
+    def joint(name, update):
+        weight, bias = update[f"{name}.weight"], update[f"{name}.bias"]
+        groups = 2 if weight.dim() > 2 else 1
+        rows = torch.cat([weight.flatten(1), bias[:, None]], 1)
+        return rows.reshape(groups, -1, rows.shape[-1])
+
+    model = Net()
+    rules = ("eigenbasis_adam", "eigenbasis_polar")
+    adam, found = (Preconditioner(model, settings_of(2, rule)) for rule in rules)
+    compared = 0
+    for _ in range(5):
+        x, y = torch.randn(12, 4, 4, 4), torch.randint(3, (12,))
+        (_, update), (_, taken) = (step_of(model, kfac, x, y) for kfac in (adam, found))
+        for name in ("0", "2", "4", "6", "8"):
+            plain, result = joint(name, update), joint(name, taken)
+            norms = torch.linalg.matrix_norm(plain, keepdim=True)
+            torch.testing.assert_close(torch.linalg.matrix_norm(result, keepdim=True), norms)
+            values = torch.linalg.svdvals(plain / norms)
+            if ((values < 1e-6) | (values > 1e-3)).all():  # smaller ones get part of the way
+                compared += 1
+                expected = polar(plain)
+                expected *= norms / torch.linalg.matrix_norm(expected, keepdim=True)
+                torch.testing.assert_close(result, expected, rtol=0, atol=3e-3 * norms.max().item())
+        for name in ("3.weight", "3.bias"):
+            assert torch.equal(update[name], taken[name])
+    assert compared >= 20

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
 from ..blocks.batches import Batch, make_batches
 from ..blocks.block import Block, Inverse, statistics_dtype
 from ..blocks.factors import EigenInverse
-from ..config import KFACConfig
 from ..linalg.eigenbasis import AdamStep, Basis, Moments, directions
+from ..linalg.polar import with_equal_singular_values
 from ..ranks.placement import exchange_gradients
 from ..state import KFACState
 
 Gradients = Mapping[str, Tensor | None]
 Done = list[tuple[Block, Tensor]]
+
+
+class RuleSettings(Protocol):
+    """The settings of `KFACConfig` that rules read."""
+
+    @property
+    def betas(self) -> tuple[float, float]: ...
+    @property
+    def epsilon(self) -> float: ...
+    @property
+    def inverse_placement(self) -> str: ...
 
 
 class Rule(ABC):
@@ -29,14 +40,22 @@ class Rule(ABC):
         parameters: name -> parameter.
         config: the settings.
         owners: name of a block -> the rank that computes its inverse.
+
+    Attributes:
+        is_finished: whether the results are updates to be multiplied by a learning rate, of
+            Adam's size; else they are preconditioned gradients.
+        needs: name of a setting -> the values that the rule works with.
     """
+
+    is_finished: ClassVar[bool] = False
+    needs: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     def __init__(
         self,
         state: KFACState,
         blocks: Sequence[Block],
         parameters: Mapping[str, Tensor],
-        config: KFACConfig,
+        config: RuleSettings,
         owners: Mapping[str, int],
     ) -> None:
         self.blocks, self._state, self._config, self._owners = blocks, state, config, owners
@@ -105,6 +124,13 @@ class Preconditioned(Rule):
 class EigenbasisAdam(Rule):
     """Adam's updates in the eigenbasis of the factors, see `linalg.eigenbasis`."""
 
+    is_finished = True
+    needs: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "damping_kind": ("exact",),  # whose eigenvectors are the basis
+        "eigenvalue_correction": (False,),
+        "inverse_placement": ("every_rank", "exchanged"),  # the moments are on every rank
+    }
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         bases = {block.name: self._basis(block) for block in self.blocks}
@@ -147,9 +173,14 @@ class EigenbasisAdam(Rule):
         bases = [batch.object or Basis() for batch, _, _ in ready]
         updates = directions(bases, [moments for _, _, moments in ready], joined, step)
         done: Done = []
-        for (batch, like, _), update in zip(ready, updates, strict=True):
-            done += zip(batch.blocks, batch.separate(update, like), strict=True)
+        for (batch, like, _), basis, update in zip(ready, bases, updates, strict=True):
+            finished = update if basis.is_trivial else self._finished(update)
+            done += zip(batch.blocks, batch.separate(finished, like), strict=True)
         return done
+
+    def _finished(self, update: Tensor) -> Tensor:
+        """The update of blocks with a basis [groups, P_out, P_in], out of the basis again."""
+        return update
 
     def _joined_moments(self, batch: Batch, like: Sequence[Tensor]) -> Moments:
         """The moments of a batch; those that the state keeps become views, and change with them."""
@@ -164,7 +195,19 @@ class EigenbasisAdam(Rule):
         return Moments(first, second)
 
 
+class EigenbasisPolar(EigenbasisAdam):
+    """The polar factors of Adam's updates in the eigenbasis, as large as the updates.
+
+    Muon (Jordan et al. 2024) takes the momentum to its polar factor; here it is the update of the
+    rule above, which has the curvature's scale already.
+    """
+
+    def _finished(self, update: Tensor) -> Tensor:
+        return with_equal_singular_values(update)
+
+
 RULES: dict[str, type[Rule]] = {
     "preconditioned": Preconditioned,
     "eigenbasis_adam": EigenbasisAdam,
+    "eigenbasis_polar": EigenbasisPolar,
 }
