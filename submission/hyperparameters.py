@@ -22,9 +22,31 @@ from .kfac.config import FALLBACKS, FISHER_TYPES, KFAC_APPROXES, SMALLEST_DAMPIN
 from .kfac.linalg.damping import DAMPING_KINDS
 from .kfac.linalg.kfac import RAGGED_SCALINGS
 from .kfac.linalg.precision import PRECISIONS
+from .kfac.optimizer import DEFAULTS
 from .kfac.updates.directions import RULES
 from .optimizers import UPDATE_RULES
-from .schedules import SCHEDULES
+from .schedules import SCHEDULES, ScheduleShape, schedule_shape
+
+
+def _self_tuned() -> dict[str, Any]:
+    engine = dict(DEFAULTS)
+    beta1, beta2 = engine.pop("betas")
+    return {
+        "update_rule": engine.pop("direction"),
+        **engine,
+        "beta1": beta1,
+        "beta2": beta2,
+        "learning_rate": 0.01,
+        "schedule": "warmup_linear",
+        "warmup_fraction": 0.05,
+        "step_hint_factor": 0.75,
+        "runtime_share": 0.95,
+    }
+
+
+# The point that runs under the self-tuning ruleset, the same for all workloads: the engine's
+# defaults, which are the best single setting of the study of optimizers (docs/optimizers.md).
+SELF_TUNED: Mapping[str, Any] = types.MappingProxyType(_self_tuned())
 
 
 class HyperparameterError(ValueError):
@@ -76,6 +98,9 @@ class Hyperparameters:
             use 0.75 of the reference's).
         decay_steps_factor: the linear decay ends after this share of the steps behind the warm-up.
         end_factor: last learning rate of the linear decay, as a share of the peak.
+        runtime_share: a schedule that would take more than this share of the allowed run time, at
+            the speed of the run's first steps, is cut to the steps that fit, see `pace`; None for
+            a schedule in steps alone.
         grad_clip: largest norm of the gradient before preconditioning; None for no clipping.
         label_smoothing: passed to the workload's loss.
         adaptive_damping: the Levenberg-Marquardt rule of `kfac.adaptive_damping`, each time the
@@ -102,6 +127,7 @@ class Hyperparameters:
     schedule_factor: float = _tunable(1.0, above=0, at_most=1e3)
     decay_steps_factor: float = _tunable(1.0, above=0, at_most=1)
     end_factor: float = _tunable(0.0, at_least=0, at_most=1)
+    runtime_share: float | None = _tunable(None, above=0, at_most=1)
 
     grad_clip: float | None = _tunable(None, above=0)
     label_smoothing: float = _tunable(0.0, at_least=0, below=1)
@@ -125,6 +151,11 @@ class Hyperparameters:
     max_factor_side: int = _tunable(8192, at_least=1)
     fallback: str = _tunable("diagonal", choices=FALLBACKS)
     max_failures: int = _tunable(100, at_least=1)
+
+    @classmethod
+    def self_tuned(cls) -> Hyperparameters:
+        """The settings under the self-tuning ruleset: SELF_TUNED."""
+        return cls.from_tuning_point(SELF_TUNED)
 
     @classmethod
     def from_tuning_point(cls, point: Any) -> Hyperparameters:
@@ -187,6 +218,28 @@ class Hyperparameters:
                     f"{self.update_rule!r} works in the eigenbasis of K-FAC's factors, without "
                     "damping"
                 )
+
+    def schedule_shape(self, step_hint: int, at_most: int | None = None) -> ScheduleShape:
+        """The shape of the schedule.
+
+        Args:
+            step_hint: the workload's, in steps.
+            at_most: see `schedules.schedule_shape`.
+
+        Raises:
+            ValueError: the warm-up is not shorter than the schedule.
+        """
+        return schedule_shape(
+            step_hint=step_hint,
+            training_steps=self.training_steps,
+            step_hint_factor=self.step_hint_factor,
+            warmup_steps=self.warmup_steps,
+            warmup_fraction=self.warmup_fraction,
+            schedule_factor=self.schedule_factor,
+            decay_steps_factor=self.decay_steps_factor,
+            end_factor=self.end_factor,
+            at_most=at_most,
+        )
 
     @property
     def _is_in_the_eigenbasis(self) -> bool:

@@ -13,7 +13,8 @@ from .hyperparameters import Hyperparameters
 from .kfac import Preconditioner
 from .kfac.discovery import unwrap
 from .kfac.ranks.collectives import rank, world_size
-from .schedules import schedule_shape
+from .pace import Pace
+from .schedules import ScheduleShape
 from .training_log import TrainingLog
 
 logger = logging.getLogger(__name__)
@@ -34,33 +35,55 @@ class Run:
 
     Args:
         settings: the validated hyperparameters.
-        workload: asked for its step hint.
+        workload: asked for its step hint and allowed run time.
         model: as the run begins with it, in its wrappers.
+        time_factor: what the allowed run time is multiplied by.
 
     Attributes:
+        shape: of the schedule.
         kinds_of_rows: layer name -> kind of its rows, learnt from ragged batches.
         skipped: number of steps that were skipped because something was not finite.
     """
 
-    def __init__(self, settings: Hyperparameters, workload: Any, model: nn.Module) -> None:
+    def __init__(
+        self,
+        settings: Hyperparameters,
+        workload: Any,
+        model: nn.Module,
+        time_factor: float = 1.0,
+    ) -> None:
         self.settings = settings
         self._model = model
-        self.shape = schedule_shape(
-            step_hint=int(workload.step_hint),
-            training_steps=settings.training_steps,
-            step_hint_factor=settings.step_hint_factor,
-            warmup_steps=settings.warmup_steps,
-            warmup_fraction=settings.warmup_fraction,
-            schedule_factor=settings.schedule_factor,
-            decay_steps_factor=settings.decay_steps_factor,
-            end_factor=settings.end_factor,
-        )
+        self._step_hint = int(workload.step_hint)
+        self.pace: Pace | None = None
+        if settings.runtime_share is not None:
+            allowed = time_factor * float(workload.max_allowed_runtime_sec)
+            self.pace = Pace(settings.runtime_share * allowed)
+        self.shape = self._shape()
         self.log = TrainingLog()
         self.kinds_of_rows: dict[str, str] = {}
         self.skipped = 0
         self._skipped_in_a_row = 0
         self._buffers: list[Tensor] = []
         self._reported = False
+
+    def _shape(self) -> ScheduleShape:
+        fits = None if self.pace is None else self.pace.fits
+        return self.settings.schedule_shape(self._step_hint, fits)
+
+    def note_time(self, step: int, train_state: Mapping[str, Any] | None) -> None:
+        """Told before a step; fits the schedule to the allowed run time once the speed is known."""
+        seconds = (train_state or {}).get("accumulated_submission_time")
+        if self.pace is None or self.pace.fits is not None or seconds is None:
+            return
+        self.pace.note(step, float(seconds), next(self._model.parameters()).device)
+        if self.pace.fits is not None:
+            before, self.shape = self.shape, self._shape()
+            if rank() == 0:
+                logger.info(
+                    "%d steps fit into %.0f s: the schedule has %d steps (it had %d)",
+                    self.pace.fits, self.pace.allowed, self.shape.total, before.total,
+                )  # fmt: skip
 
     def rewrapped(self, model: nn.Module) -> nn.Module:
         """The model to train: the one given, in the wrapper that the run began with.
@@ -161,6 +184,7 @@ class Run:
             "kinds_of_rows": dict(self.kinds_of_rows),
             "skipped": self.skipped,
             "skipped_in_a_row": self._skipped_in_a_row,
+            "pace": None if self.pace is None else self.pace.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -169,6 +193,9 @@ class Run:
         self.kinds_of_rows = dict(state["kinds_of_rows"])
         self.skipped = int(state["skipped"])
         self._skipped_in_a_row = int(state["skipped_in_a_row"])
+        if self.pace is not None and state.get("pace") is not None:
+            self.pace.load_state_dict(state["pace"])
+            self.shape = self._shape()
 
 
 def _is_parallel(model: nn.Module) -> bool:

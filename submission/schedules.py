@@ -54,8 +54,13 @@ def schedule_shape(
     schedule_factor: float,
     decay_steps_factor: float,
     end_factor: float,
+    at_most: int | None = None,
 ) -> ScheduleShape:
     """The shape from the tunables of the same names and the workload's step hint.
+
+    Args:
+        at_most: steps that there is time for; a longer schedule is made shorter, its warm-up too
+            where that is a fraction.
 
     Raises:
         ValueError: the warm-up is not shorter than the schedule.
@@ -63,6 +68,9 @@ def schedule_shape(
     total = training_steps if training_steps is not None else int(step_hint_factor * step_hint)
     warmup = warmup_steps if warmup_steps is not None else int(warmup_fraction * total)
     total, warmup = int(schedule_factor * total), int(schedule_factor * warmup)
+    if at_most is not None and at_most < total:
+        warmup = min(warmup if warmup_steps is not None else warmup * at_most // total, at_most - 1)
+        total = at_most
     if total < 1 or warmup >= total:
         raise ValueError(
             f"a warm-up of {warmup} steps does not fit into a schedule of {total} steps "

@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 BATCH_SIZES = {
     "criteo1tb": 262_144,
     "fastmri": 32,
+    "finewebedu_lm": 64,
     "imagenet_resnet": 1024,
     "imagenet_resnet_silu": 512,
     "imagenet_resnet_gelu": 512,
@@ -61,6 +62,8 @@ BATCH_SIZES = {
     "mnist": 1024,
     "cifar": 128,
 }
+# What AlgoPerf multiplies the allowed run time by under the self-tuning ruleset.
+SELF_TUNING_TIME_FACTOR = 1.5
 
 
 def get_batch_size(workload_name: str) -> int:
@@ -90,12 +93,19 @@ def init_optimizer_state(
 ) -> dict[str, Any]:
     """Optimizer, K-FAC and the run's log; all of them have state_dict and load_state_dict.
 
+    Args:
+        hyperparameters: a tuning point; None, under the self-tuning ruleset, takes
+            `hyperparameters.SELF_TUNED`.
+
     Raises:
         HyperparameterError: the tuning point is not valid.
     """
     del model_state
-    settings = Hyperparameters.from_tuning_point(hyperparameters)
-    run = Run(settings, workload, model_params)
+    if hyperparameters is None:  # the self-tuning ruleset
+        settings, time_factor = Hyperparameters.self_tuned(), SELF_TUNING_TIME_FACTOR
+    else:
+        settings, time_factor = Hyperparameters.from_tuning_point(hyperparameters), 1.0
+    run = Run(settings, workload, model_params, time_factor)
     optimizer = UPDATE_RULES[settings.update_rule](model_params.parameters(), settings)
     state: dict[str, Any] = {"optimizer": optimizer, "run": run}
     config = settings.kfac_config(seed=int(rng[0]) % 2**31)
@@ -122,8 +132,9 @@ def update_params(
     train_state: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], nn.Module, Any]:
     """One training step; returns (optimizer_state, model, model_state)."""
-    del current_params_types, hyperparameters, train_state
+    del current_params_types, hyperparameters
     run = optimizer_state["run"]
+    run.note_time(global_step, train_state)
     model = run.rewrapped(current_param_container)
     optimizer, kfac = optimizer_state["optimizer"], optimizer_state.get("kfac")
     settings: Hyperparameters = run.settings

@@ -30,9 +30,12 @@ DEFAULTS: dict[str, Any] = {
     "factor_decay": 0.9,
     "factor_update_steps": 10,
     "inverse_update_steps": 10,
+    "direction": "eigenbasis_adam",
+    "damping_kind": "exact",
     "betas": (0.9, 0.95),
     "max_factor_side": 2048,
 }
+WITH_BASE: dict[str, Any] = {**DEFAULTS, "direction": "preconditioned", "damping_kind": "pi"}
 BaseRule = Callable[[list[dict[str, Any]]], Optimizer]
 
 
@@ -52,7 +55,8 @@ class KFAC(Optimizer):
             groups: `lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9)`.
         groups: parameter groups, as other optimizers take them, with settings of their own (lr,
             weight_decay); they must have all trainable parameters. None for one group of all.
-        **settings: of `KFACConfig`; those of DEFAULTS are other than there.
+        **settings: of `KFACConfig`; those of DEFAULTS (with `base`, WITH_BASE) are other than
+            there.
 
     Raises:
         ValueError: a setting that is not one, or out of its range.
@@ -74,11 +78,9 @@ class KFAC(Optimizer):
             raise ValueError(f"weight_decay must be at least 0, not {weight_decay}")
         if base is not None and weight_decay:
             raise ValueError("weight_decay belongs to the base optimizer: give it there")
-        rule: dict[str, Any] = {"direction": "preconditioned"}
-        if base is None:
-            rule = {"direction": "eigenbasis_adam", "damping_kind": "exact"}
+        defaults = DEFAULTS if base is None else WITH_BASE
         try:
-            config = KFACConfig(**{**DEFAULTS, **rule, **settings})
+            config = KFACConfig(**{**defaults, **settings})
         except TypeError as error:
             known = ", ".join(KFACConfig.__dataclass_fields__)
             raise ValueError(f"{error}; the settings are {known}") from None
