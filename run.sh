@@ -306,19 +306,27 @@ END
 cmd_package() {
   if asks_help "$@"; then
     cat <<'END'
-usage: ./run.sh package [FOLDER]
+usage: ./run.sh package [--ruleset external|self] [FOLDER]
 
-Writes external_tuning/kfac/ below FOLDER (default: dist): the submission, its search space,
-requirements, licence and readme, as AlgoPerf's submissions repository expects them.
+Writes external_tuning/kfac/ or self_tuning/kfac/ below FOLDER (default: dist): the submission,
+requirements, licence and readme, and for external tuning (the default) the search space, as
+AlgoPerf's submissions repository expects them.
 END
     return
   fi
+  local ruleset=external
+  if [[ "${1:-}" == --ruleset* ]]; then
+    if [[ "$1" == --ruleset=* ]]; then ruleset="${1#*=}"; else ruleset="${2:-}" && shift; fi
+    shift || true
+  fi
+  [[ "$ruleset" == external || "$ruleset" == self ]] || die "--ruleset is external or self, not '$ruleset'"
   (($# <= 1)) || die "package takes one folder"
-  local target="${1:-$ROOT/dist}/external_tuning/kfac"
+  local target="${1:-$ROOT/dist}/${ruleset}_tuning/kfac"
   [[ ! -e "$target" ]] || die "$target exists: move it away first"
   run mkdir -p -- "$target"
   run cp -R -- "$ROOT/submission/." "$target/"
-  run cp -- "$ROOT/tuning_search_space.json" "$ROOT/LICENSE" "$target/"
+  run cp -- "$ROOT/LICENSE" "$target/"
+  [[ "$ruleset" == self ]] || run cp -- "$ROOT/tuning_search_space.json" "$target/"
   run find "$target" -name __pycache__ -type d -prune -exec rm -rf -- '{}' +
   "$DRY_RUN" || { printf '# Needs nothing beyond AlgoPerf and its PyTorch.\n' >"$target/requirements.txt" && echo "$target"; }
 }

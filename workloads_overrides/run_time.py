@@ -103,7 +103,7 @@ def fit(allowance: Allowance, seconds_per_step: float, ruleset: str) -> Fit:
 
 def allowance_of(workload: str) -> tuple[str, Allowance]:
     """The newest hardware that an allowance is known for, and the allowance."""
-    for hardware in reversed(ALLOWANCES):
+    for hardware in reversed(tuple(ALLOWANCES)):
         if workload in ALLOWANCES[hardware]:
             return hardware, ALLOWANCES[hardware][workload]
     raise LaunchError(f"no run time is known for workload {workload!r}")

@@ -96,11 +96,14 @@ def complete(argv: Sequence[str], working_directory: Path) -> RunnerFlags:
         raise LaunchError(f"--framework={framework}: this submission is for pytorch")
     for name, value in DEFAULTS.items():
         flags = flags.with_default(name, value)
-    if flags.value("tuning_ruleset") != "self":
+    is_self_tuning = flags.value("tuning_ruleset") == "self"
+    if is_self_tuning and flags.mentions("tuning_search_space"):
+        raise LaunchError("--tuning_search_space: the self-tuning ruleset takes none")
+    if not is_self_tuning:
         flags = flags.with_default("tuning_search_space", DEFAULT_SEARCH_SPACE)
         flags = _located(flags, "tuning_search_space", working_directory)
     flags = _with_module_path(flags, working_directory)
-    if flags.value("tuning_ruleset") != "self":
+    if not is_self_tuning:
         submission = _find(Path(str(flags.value("submission_path"))), working_directory)
         _check_search_space(Path(str(flags.value("tuning_search_space"))), submission)
     data_dir = Path(str(flags.value("data_dir"))).expanduser()

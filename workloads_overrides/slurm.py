@@ -147,9 +147,9 @@ def make_study(
                 *(["--resume_last_run"] if options.runner == "quickstart" else []),
                 *([f"--experiment_name={name}/study_{study}"] if options.studies else []),
                 f"--rng_seed={seed + study}",
-                f"--hparam_start_index={number}",
-                f"--hparam_end_index={number + 1}",
             ]
+            if not _is_self_tuning(flags):
+                given += [f"--hparam_start_index={number}", f"--hparam_end_index={number + 1}"]
             command = (*runner.command, *argv, *given)
             trials.append(Trial(f"{label}trial_{number + 1}", command, processes, str(ROOT)))
     root = Path(flags.value("experiment_dir") or DEFAULTS["experiment_dir"]).expanduser()
@@ -229,9 +229,13 @@ RUNNERS = {
 }
 
 
+def _is_self_tuning(flags: RunnerFlags) -> bool:
+    return flags.value("tuning_ruleset") == "self"
+
+
 def _trial_numbers(flags: RunnerFlags) -> range:
-    if flags.value("tuning_ruleset") == "self":
-        raise SlurmError("--tuning_ruleset=self has no trials: use external")
+    if _is_self_tuning(flags):
+        return range(1)  # AlgoPerf calls it trial_1
     count = _integer(flags, "num_tuning_trials", 1)
     path = Path(str(flags.value("tuning_search_space")))
     space = json.loads(path.read_text(encoding="utf-8"))

@@ -142,6 +142,7 @@ def test_dry_run_of_set_up_names_every_step(project: Path) -> None:
         (["docker", "fly"], {}, "docker knows build and run, not 'fly'"),
         (["docker", "run"], {}, "docker run needs a command"),
         (["package", "a", "b"], {}, "package takes one folder"),
+        (["package", "--ruleset", "own"], {}, "--ruleset is external or self, not 'own'"),
     ],
 )
 def test_errors_are_one_line(
@@ -220,6 +221,12 @@ def test_package_is_the_submission_alone(project: Path) -> None:
     assert not list(folder.rglob("__pycache__"))
     again = run(project, "package", str(project / "out"))
     assert "exists: move it away first" in again.stderr
+    for flag in (["--ruleset", "self"], ["--ruleset=self"]):
+        result = run(project, "package", *flag, str(project / flag[0]))
+        assert result.returncode == 0, result.stderr
+        folder = project / flag[0] / "self_tuning" / "kfac"
+        assert (folder / "submission.py").exists()
+        assert not (folder / "tuning_search_space.json").exists()
 
 
 def test_shellcheck() -> None:

@@ -115,7 +115,11 @@ def settings(case, approx, folder):
 
 
 def launch(python, workload, approx, data_dir, folder, steps, processes=1, space=None):
+    """Runs a point; `approx` "self" is the self-tuning ruleset, which takes none."""
     case = CASES[workload]
+    tuning = "--tuning_ruleset=self"
+    if approx != "self":
+        tuning = f"--tuning_search_space={space or settings(case, approx, folder)}"
     launcher = ["-m", "workloads_overrides.launch"]
     if processes > 1:
         launcher = [
@@ -136,7 +140,7 @@ def launch(python, workload, approx, data_dir, folder, steps, processes=1, space
             f"--data_dir={data_dir}",
             f"--experiment_dir={folder}",
             f"--experiment_name={approx}",
-            f"--tuning_search_space={space or settings(case, approx, folder)}",
+            tuning,
             f"--max_global_steps={steps}",
             "--rng_seed=1",
             "--notorch_compile",
@@ -165,7 +169,7 @@ def check_evaluations(trial, case, steps):
     return evaluations
 
 
-@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("approx", ["expand", "reduce", "self"])
 @pytest.mark.parametrize("workload", list(CASES))
 def test_kfac_trains_evaluates_saves_and_resumes(python, data, runs, workload, approx):
     case = CASES[workload]
@@ -178,7 +182,6 @@ def test_kfac_trains_evaluates_saves_and_resumes(python, data, runs, workload, a
     assert files >= {
         "eval_measurements.csv",
         "measurements.csv",
-        "hparams.json",
         "flags_0.json",
         "meta_data_0.json",
         f"checkpoint_{case.steps}",
@@ -186,7 +189,8 @@ def test_kfac_trains_evaluates_saves_and_resumes(python, data, runs, workload, a
     check_evaluations(trial, case, case.steps)
     meta_data = json.loads((trial / "meta_data_0.json").read_text())
     assert meta_data["workload.num_validation_examples"] == case.evaluation
-    assert json.loads((trial / "hparams.json").read_text())["kfac_approx"] == approx
+    if approx != "self":
+        assert json.loads((trial / "hparams.json").read_text())["kfac_approx"] == approx
 
     # A finished run is marked as finished; without its last checkpoint it is one that was cut off.
     *_, interrupted_at, last = checkpoints(trial)

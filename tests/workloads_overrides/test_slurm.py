@@ -73,9 +73,18 @@ def test_one_study_keeps_the_name_and_a_choice_of_trials(folder):
     assert sum(word.startswith("--experiment_name") for word in trial.command) == 1
 
 
+def test_self_tuning_has_one_trial_a_study(folder):
+    argv = [word for word in ALGOPERF if "tuning" not in word]
+    made = study("--studies", "3", argv=[*argv, "--tuning_ruleset=self"])
+    assert [trial.name for trial in made.trials] == [f"study_{n}/trial_1" for n in range(3)]
+    for trial in made.trials:
+        assert not any(word.startswith("--hparam") for word in trial.command)
+
+
 @pytest.mark.parametrize(
     ("options", "changed", "message"),
     [
+        ([], ["--tuning_ruleset=self"], "--tuning_search_space: the self-tuning ruleset takes"),
         ([], ["--overwrite"], "--overwrite: a trial that is queued again would delete"),
         ([], ["--append_timestamp"], "--append_timestamp: a trial that is queued again"),
         ([], ["--num_tuning_trials=3"], "points.json has 2 points"),
