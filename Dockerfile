@@ -11,8 +11,12 @@
 #
 # CUDA's libraries come with PyTorch's wheel: torch 2.5.1 from PyPI is built for CUDA 12.4 and holds
 # kernels for the V100 (sm_70), which newer releases drop. The base image only has to let the
-# driver of the host in.
+# driver of the host in. For the A100s of AlgoPerf's leaderboard of 2026:
+#
+#   docker build --build-arg TORCH_VERSION=2.9.0 --build-arg TORCHVISION_VERSION=0.24.0 \
+#     --build-arg CUDA_ARCHITECTURE=sm_80 --tag kfac-algoperf-a100 .
 ARG CUDA_IMAGE=nvidia/cuda:12.6.3-base-ubuntu24.04
+# hadolint ignore=DL3006
 FROM ${CUDA_IMAGE}
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
@@ -32,6 +36,10 @@ ENV PATH=/opt/venv/bin:$PATH \
 ARG ALGOPERF_REPOSITORY=https://github.com/mlcommons/algorithmic-efficiency.git
 ARG ALGOPERF_COMMIT=2c90454fc05d5bdf3598b0c7651e611f132a7060
 ARG ALGOPERF_EXTRAS=jax_cpu,pytorch_gpu,full
+# AlgoPerf's pins at that commit, and what has to be among the wheel's kernels.
+ARG TORCH_VERSION=2.5.1
+ARG TORCHVISION_VERSION=0.20.1
+ARG CUDA_ARCHITECTURE=sm_70
 COPY requirements /tmp/requirements
 # The commit has no tag nearby to tell a version by, hence the pretended one.
 RUN git init --quiet /tmp/algoperf \
@@ -41,15 +49,15 @@ RUN git init --quiet /tmp/algoperf \
     && SETUPTOOLS_SCM_PRETEND_VERSION=0.6.0 pip install --no-cache-dir \
         "/tmp/algoperf[${ALGOPERF_EXTRAS}]" -r /tmp/requirements/algoperf.txt \
         -r /tmp/requirements/image.txt \
+    && pip install --no-cache-dir "torch==${TORCH_VERSION}" "torchvision==${TORCHVISION_VERSION}" \
     && pip install --no-cache-dir --no-deps -r /tmp/requirements/no-deps.txt \
     && echo "$ALGOPERF_COMMIT" >/opt/venv/.stamp-algoperf \
     && rm -rf /tmp/algoperf /tmp/requirements \
-    && python -c "import torch; flags = torch._C._cuda_getArchFlags(); assert 'sm_70' in flags, flags"
+    && python -c "import torch; flags = torch._C._cuda_getArchFlags(); assert '${CUDA_ARCHITECTURE}' in flags, flags"
 
 COPY . /opt/project
 # The quickstart's molecules, so that a container needs no network.
-RUN cd /opt/project \
-    && python -m quickstart.molecules --data_dir=data \
+RUN PYTHONPATH=/opt/project python -m quickstart.molecules --data_dir=/opt/project/data \
     && chmod -R a+rX /opt/project /opt/venv \
     && mkdir -m 1777 /runs \
     && mkdir /data

@@ -102,6 +102,8 @@ class Hyperparameters:
             the speed of the run's first steps, is cut to the steps that fit, see `pace`; None for
             a schedule in steps alone.
         grad_clip: largest norm of the gradient before preconditioning; None for no clipping.
+        average_share: evaluations take an average over this share of the steps so far, the last
+            ones, see `averaging`; None for the parameters in training.
         label_smoothing: passed to the workload's loss.
         adaptive_damping: the Levenberg-Marquardt rule of `kfac.adaptive_damping`, each time the
             inverses are renewed; costs one more forward pass there.
@@ -130,6 +132,7 @@ class Hyperparameters:
     runtime_share: float | None = _tunable(None, above=0, at_most=1)
 
     grad_clip: float | None = _tunable(None, above=0)
+    average_share: float | None = _tunable(None, above=0, at_most=1)
     label_smoothing: float = _tunable(0.0, at_least=0, below=1)
     dropout_rate: float | None = _tunable(None, at_least=0, below=1)
 

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .algoperf_compat import spec
+from .averaging import TailAverage
 from .batch_structure import (
     has_labels,
     is_sum_of_terms,
@@ -114,6 +115,8 @@ def init_optimizer_state(
             logger.warning("K-FAC: labels are sampled, since the loss has none for single frames")
             config = replace(config, fisher_type="mc")
         state["kfac"] = Preconditioner(model_params, config)
+    if settings.average_share is not None:
+        state["average"] = TailAverage(model_params, settings.average_share)
     return state
 
 
@@ -137,8 +140,11 @@ def update_params(
     run.note_time(global_step, train_state)
     model = run.rewrapped(current_param_container)
     optimizer, kfac = optimizer_state["optimizer"], optimizer_state.get("kfac")
+    average: TailAverage | None = optimizer_state.get("average")
     settings: Hyperparameters = run.settings
     start = time.perf_counter()
+    if average is not None:
+        average.take_out(model)
 
     model.train()
     run.remember_buffers(model)
@@ -215,6 +221,8 @@ def update_params(
         with torch.no_grad(), _random_state_of(model, random_state), kept_buffers(model):
             after, _, _ = mean_loss(forward(model, update_batch_norm=False)[0])
         end_trial(kfac, trial, _over_ranks(loss), _over_ranks(after))
+    if average is not None:
+        average.take_in(model, global_step + 1)
     run.log.add("update", time.perf_counter() - update_start)
 
     run.after_step(
@@ -239,8 +247,10 @@ def prepare_for_eval(
     global_step: int,
     rng: Any,
 ) -> tuple[dict[str, Any], nn.Module, Any]:
-    """Nothing to prepare: the parameters in training are those that are evaluated."""
+    """Puts the average of late parameters into the model, where there is one."""
     del workload, current_params_types, hyperparameters, loss_type, eval_results, global_step, rng
+    if "average" in optimizer_state:
+        optimizer_state["average"].put_in(current_param_container)
     return optimizer_state, current_param_container, model_state
 
 

@@ -31,7 +31,7 @@ from .fisher import step as of_step
 from .fisher.likelihoods import Likelihood, as_likelihood
 from .fisher.losses import LossTerms, check_class_dim, check_statement, terms_of
 from .fisher.step import RecordedPass, StepStatistics
-from .linalg.precision import without_autocast
+from .linalg.precision import own_products
 from .operations.compiled import NOT_SEEN, CompiledModelError, uncompiled
 from .operations.record import Recording
 from .operations.sharing import SharingRule, check_names
@@ -295,7 +295,7 @@ class Preconditioner:
             gradients: name of a parameter -> gradient.
         """
         self.refresh()
-        with without_autocast(self._device.type):
+        with own_products(self.config.factor_precision, self._device.type):
             done: list[tuple[Block, Tensor]] = self._directions(gradients)
         return done
 
@@ -318,7 +318,7 @@ class Preconditioner:
             RuntimeError: this step was to update the factors, but nothing was recorded, or no loss
                 is known, or its backward pass has not come.
         """
-        with without_autocast(self._device.type):
+        with own_products(self.config.factor_precision, self._device.type):
             self._refresh()
 
     def _refresh(self) -> None:

@@ -328,13 +328,20 @@ def test_the_precision_changes_neither_float64_nor_what_others_compute():
             block.input_covariance, factors_in("float32", torch.float64)[name].input_covariance
         )
     new = hasattr(torch.backends.cuda.matmul, "fp32_precision")
-    name, on = ("fp32_precision", "tf32") if new else ("allow_tf32", True)
-    before = getattr(torch.backends.cuda.matmul, name)
-    with products_in("tf32"):
-        assert getattr(torch.backends.cuda.matmul, name) == on
-    assert getattr(torch.backends.cuda.matmul, name) == before
-    factors_in("tf32")
-    assert getattr(torch.backends.cuda.matmul, name) == before
+    name, off, on = ("fp32_precision", "ieee", "tf32") if new else ("allow_tf32", False, True)
+    matmul = torch.backends.cuda.matmul
+    before = getattr(matmul, name)
+    try:
+        for outside in (before, on):
+            setattr(matmul, name, outside)
+            for precision, inside in (("float32", off), ("bfloat16", off), ("tf32", on)):
+                with products_in(precision):
+                    assert getattr(matmul, name) == inside
+                assert getattr(matmul, name) == outside
+                factors_in(precision)
+                assert getattr(matmul, name) == outside
+    finally:
+        setattr(matmul, name, before)
     rows = torch.randn(64, 40, dtype=torch.float32)
     plain = moments.outer_products(rows[None], False)
     with products_in("bfloat16"):

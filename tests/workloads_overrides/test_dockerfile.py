@@ -24,6 +24,17 @@ def test_the_image_holds_the_commit_that_everything_else_is_tested_with():
     assert f'ALGOPERF_COMMIT="{ALGOPERF_COMMIT}"' in (ROOT / "run.sh").read_text()
 
 
+def test_torch_and_the_kernels_that_it_has_to_hold_are_build_arguments():
+    """V100s by default; A100s, and torch's release for them, by three arguments."""
+    given = instructions("ARG")
+    assert {"TORCH_VERSION=2.5.1", "TORCHVISION_VERSION=0.20.1", "CUDA_ARCHITECTURE=sm_70"} <= {
+        *given
+    }
+    (install,) = [run for run in instructions("RUN") if "ALGOPERF_COMMIT" in run]
+    assert '"torch==${TORCH_VERSION}" "torchvision==${TORCHVISION_VERSION}"' in install
+    assert "assert '${CUDA_ARCHITECTURE}' in flags" in install
+
+
 def environment():
     return dict(re.findall(r"(\w+)=(\S+)", "\n".join(instructions("ENV"))))
 
@@ -55,7 +66,7 @@ def test_nothing_is_installed_when_a_container_starts():
     assert environment()["KFAC_NO_SETUP"] == "1"
     assert environment()["VENV_DIR"] == environment()["ALGOPERF_VENV_DIR"] == "/opt/venv"
     assert "-r /tmp/requirements/image.txt" in INSTRUCTIONS
-    assert "quickstart.molecules --data_dir=data" in INSTRUCTIONS
+    assert "quickstart.molecules --data_dir=/opt/project/data" in INSTRUCTIONS
 
 
 def test_the_container_is_run_sh():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..blocks.block import Block, Collecting, Collector, HeardCall, Sums
 from ..blocks.structure import Structure
-from ..linalg.precision import products_in, without_autocast
+from ..linalg.precision import own_products
 from ..operations.record import Recording
 from ..operations.sharing import (
     Positions,
@@ -186,8 +186,8 @@ class Collection:
     @contextmanager
     def _collecting_in(self, doing: str) -> Iterator[None]:
         """Statistics are taken inside."""
-        plain, precision = without_autocast(self._device_type), products_in(self._precision)
-        with self._memory_watched(doing), precision, torch.no_grad(), plain:
+        own = own_products(self._precision, self._device_type)
+        with self._memory_watched(doing), torch.no_grad(), own:
             yield
 
     @contextmanager

@@ -19,20 +19,25 @@ _precision: ContextVar[str] = ContextVar("kfac_precision", default="float32")
 
 @contextmanager
 def products_in(precision: str) -> Iterator[None]:
-    """Inside, products of float32 rows are computed as `PRECISIONS` says, in this thread."""
+    """Inside, products of float32 rows are computed as `PRECISIONS` says, in this thread.
+
+    Whatever the global switch for TF32 says: AlgoPerf, for one, turns it on.
+    """
     token = _precision.set(precision)
     try:
-        with _tf32() if precision == "tf32" else nullcontext():
+        with _tf32(precision == "tf32"):
             yield
     finally:
         _precision.reset(token)
 
 
-def without_autocast(device_type: str) -> Any:
-    """A context without autocast, which is for the model's passes alone."""
-    if not torch.amp.is_autocast_available(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
+@contextmanager
+def own_products(precision: str, device_type: str) -> Iterator[None]:
+    """As `products_in`, without autocast, which is for the model's passes alone."""
+    cast = torch.amp.is_autocast_available(device_type)
+    plain = torch.autocast(device_type, enabled=False) if cast else nullcontext()
+    with plain, products_in(precision):
+        yield
 
 
 def rounds_to_bfloat16() -> bool:
@@ -41,12 +46,13 @@ def rounds_to_bfloat16() -> bool:
 
 
 @contextmanager
-def _tf32() -> Iterator[None]:
+def _tf32(on: bool) -> Iterator[None]:
     """By the switch that this PyTorch has; the old one may not even be read beside the new one."""
     matmul: Any = torch.backends.cuda.matmul
-    name, on = ("fp32_precision", "tf32") if _has_new_switch() else ("allow_tf32", True)
+    new = _has_new_switch()
+    name = "fp32_precision" if new else "allow_tf32"
     before = getattr(matmul, name)
-    setattr(matmul, name, on)
+    setattr(matmul, name, ("tf32" if on else "ieee") if new else on)
     try:
         yield
     finally:

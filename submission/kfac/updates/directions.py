@@ -199,11 +199,15 @@ class EigenbasisPolar(EigenbasisAdam):
     """The polar factors of Adam's updates in the eigenbasis, as large as the updates.
 
     Muon (Jordan et al. 2024) takes the momentum to its polar factor; here it is the update of the
-    rule above, which has the curvature's scale already.
+    rule above, which has the curvature's scale already. Matrices with a side above LARGEST_SIDE
+    keep the update of the rule above.
     """
 
+    LARGEST_SIDE = 16_384  # of vocabularies, which Muon's authors leave to Adam, too: dear to do
+
     def _finished(self, update: Tensor) -> Tensor:
-        return with_equal_singular_values(update)
+        is_large = max(update.shape[-2:]) > self.LARGEST_SIDE
+        return update if is_large else with_equal_singular_values(update)
 
 
 RULES: dict[str, type[Rule]] = {
