@@ -933,6 +933,22 @@ for _layout in ("COO", "CSR"):
     )
 
 
+def assert_written_alike(make: Callable[[bool], nn.Module], x: torch.Tensor) -> None:
+    """Two ways of writing a net, with the same parameters, have the same directions."""
+    y = torch.randint(3, (len(x),))
+    for approx in ("expand", "reduce"):
+        found = []
+        for way in (True, False):
+            model = make(way)
+            kfac = Preconditioner(model, KFACConfig(**{**PAPER, "kfac_approx": approx}))
+            with kfac.record():
+                loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            kfac.precondition()
+            found.append([p.grad for p in model.parameters()])
+        assert_same(found[0], found[1])
+
+
 @surrounding("norms with time in front", "layouts")
 def time_first() -> None:
     class Encoder(nn.Module):
@@ -948,18 +964,7 @@ def time_first() -> None:
             x = x if self.first else x.transpose(0, 1)
             return self.out(self.encoder(self.into(x)).mean(1 if self.first else 0))
 
-    x, y = torch.randn(6, 5, 4), torch.randint(3, (6,))
-    for approx in ("expand", "reduce"):
-        found = []
-        for batch_first in (True, False):
-            model = Encoder(batch_first)
-            kfac = Preconditioner(model, KFACConfig(**{**PAPER, "kfac_approx": approx}))
-            with kfac.record():
-                loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            kfac.precondition()
-            found.append([p.grad for p in model.parameters()])
-        assert_same(found[0], found[1])
+    assert_written_alike(Encoder, torch.randn(6, 5, 4))
 
 
 @surrounding("positions looked up once for all examples ([1, T] indices)", "layouts")
@@ -977,18 +982,7 @@ def shared_positions() -> None:
             index = index.expand_as(tokens) if self.expanded else index
             return self.out((self.word(tokens) + self.position(index)).tanh().mean(1))
 
-    tokens, y = torch.randint(7, (6, 5)), torch.randint(3, (6,))
-    for approx in ("expand", "reduce"):
-        found = []
-        for expanded in (True, False):
-            model = Words(expanded)
-            kfac = Preconditioner(model, KFACConfig(**{**PAPER, "kfac_approx": approx}))
-            with kfac.record():
-                loss = F.cross_entropy(model(tokens), y)
-            loss.backward()
-            kfac.precondition()
-            found.append([p.grad for p in model.parameters()])
-        assert_same(found[0], found[1])
+    assert_written_alike(Words, torch.randint(7, (6, 5)))
 
 
 REFUSED = {

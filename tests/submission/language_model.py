@@ -102,16 +102,7 @@ class LanguageWorkload:
     max_allowed_runtime_sec = 31_967
     metrics_logger = None
 
-    def model_fn(
-        self,
-        params,
-        augmented_and_preprocessed_input_batch,
-        model_state,
-        mode,
-        rng,
-        update_batch_norm,
-        dropout_rate=0.0,
-    ):
+    def model_fn(self, params, augmented_and_preprocessed_input_batch, mode, **_):
         training = mode == spec.ForwardPassMode.TRAIN
         params.train(training)
         with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16):

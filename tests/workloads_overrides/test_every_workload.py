@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from submission.hyperparameters import SELF_TUNED
 from workloads_overrides.step_costs import WORKLOADS
 
 pytestmark = [pytest.mark.algoperf, pytest.mark.slow]
@@ -44,11 +45,13 @@ def algoperf():
     pytest.skip("AlgoPerf is not importable here; `./run.sh setup --algoperf` installs it")
 
 
-def run_workload(algoperf, folder, workload, **changes):
+def run_workload(algoperf, folder, workload, method):
+    """`method`: "expand", "reduce", or "self" for what runs under the self-tuning ruleset."""
     python, clone = algoperf
     point = json.loads((ROOT / "tuning_search_space.json").read_text())[0]
+    point = dict(SELF_TUNED) if method == "self" else point | {"kfac_approx": method}
     # Three steps are fewer than a warm-up, and dropout hides what they gain.
-    point |= {"learning_rate": 3e-4, "warmup_fraction": 0.0, "dropout_rate": 0.0, **changes}
+    point |= {"learning_rate": 3e-4, "warmup_fraction": 0.0, "dropout_rate": 0.0}
     (folder / "point.json").write_text(json.dumps([point]))
     out = folder / "result.json"
     paths = [str(ROOT), str(clone), os.environ.get("PYTHONPATH", "")]
@@ -72,10 +75,10 @@ def run_workload(algoperf, folder, workload, **changes):
     return result
 
 
-@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+@pytest.mark.parametrize("method", ["expand", "reduce", "self"])
 @pytest.mark.parametrize("workload", [*WORKLOADS, *VARIANTS])
-def test_algoperfs_own_test_passes_and_the_loss_falls(algoperf, tmp_path, workload, kfac_approx):
-    result = run_workload(algoperf, tmp_path, workload, kfac_approx=kfac_approx)
+def test_algoperfs_own_test_passes_and_the_loss_falls(algoperf, tmp_path, workload, method):
+    result = run_workload(algoperf, tmp_path, workload, method)
     assert result["passed"], result["error"]
     assert len(result["losses"]) == STEPS
     assert all(map(math.isfinite, result["losses"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -45,18 +46,30 @@ def rounds_to_bfloat16() -> bool:
     return _precision.get() == "bfloat16"
 
 
+_lock = threading.Lock()
+_before: list[Any] = []  # what the switch was, once for each thread that is inside
+
+
 @contextmanager
 def _tf32(on: bool) -> Iterator[None]:
-    """By the switch that this PyTorch has; the old one may not even be read beside the new one."""
+    """By the switch that this PyTorch has; the old one may not even be read beside the new one.
+
+    The switch is the whole process's: while several threads are inside, the last one decides, and
+    the last to leave puts it back.
+    """
     matmul: Any = torch.backends.cuda.matmul
     new = _has_new_switch()
     name = "fp32_precision" if new else "allow_tf32"
-    before = getattr(matmul, name)
-    setattr(matmul, name, ("tf32" if on else "ieee") if new else on)
+    with _lock:
+        _before.append(_before[0] if _before else getattr(matmul, name))
+        setattr(matmul, name, ("tf32" if on else "ieee") if new else on)
     try:
         yield
     finally:
-        setattr(matmul, name, before)
+        with _lock:
+            before = _before.pop()
+            if not _before:
+                setattr(matmul, name, before)
 
 
 def _has_new_switch() -> bool:
