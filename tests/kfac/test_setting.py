@@ -1,6 +1,7 @@
 """Detection of the expand and the reduce setting."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from nets import Mean, Pool, Tokens
 from torch import nn
 
 from submission.kfac import (
+    KFAC,
     Bernoulli,
     Categorical,
     Gaussian,
@@ -18,7 +20,7 @@ from submission.kfac import (
     Segments,
     kronecker_factors,
 )
-from submission.kfac.fisher.setting import detect_setting
+from submission.kfac.fisher.setting import detect_setting, warn_of_folded_positions
 
 GRAPHS = RaggedBatch(
     {
@@ -178,3 +180,46 @@ def test_positions_folded_into_examples_by_a_view_are_still_positions(approx, ca
     for name, block in kronecker_factors(folded, x, **options).items():
         torch.testing.assert_close(block.to_dense(), expected[name].to_dense())
     assert "another number" not in caplog.text
+
+
+class Words(nn.Module):
+    """A language model that computes its loss inside, and may flatten its tokens on the way."""
+
+    def __init__(self, flattens):
+        super().__init__()
+        self.words, self.hidden, self.out = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9)
+        self.flattens = flattens
+
+    def forward(self, tokens):
+        x = self.hidden(self.words(tokens)).tanh()
+        logits = self.out(x.flatten(0, 1) if self.flattens else x)
+        return F.cross_entropy(logits.view(-1, 9), tokens.flatten())
+
+
+@pytest.mark.parametrize("flattens", [False, True])
+def test_rows_flattened_for_a_loss_are_not_taken_for_examples(flattens, caplog):
+    model = Words(flattens)
+    optimizer = KFAC(model, lr=0.1, kfac_approx="reduce")
+    with optimizer.record():
+        loss = model(torch.randint(9, (3, 5)))
+    loss.backward()
+    optimizer.step()
+    assert [row.sharing for row in optimizer.report()] == ["5 positions"] * 3
+    assert not [r for r in caplog.records if "seem to be" in r.getMessage()]
+
+
+@pytest.mark.parametrize(
+    ("examples", "outputs", "message"),
+    [
+        ({"a": 3, "b": 3, "c": 1}, 15, None),  # flattened for the loss; c is broadcast
+        ({"a": 3, "b": 3}, 3, None),
+        ({"a": 15, "b": 3}, 15, r"3 examples, but .* \(a: 15\)"),
+        ({"a": 15, "b": 15}, 3, r"3 examples, but .* \(a, b: 15\)"),
+    ],
+)
+def test_layers_that_take_positions_for_examples_are_named(examples, outputs, message, caplog):
+    warn_of_folded_positions(examples, Categorical(), torch.zeros(outputs, 9))
+    found = [record.getMessage() for record in caplog.records]
+    assert len(found) == (message is not None)
+    if message:
+        assert re.search(message, found[0])

@@ -54,15 +54,17 @@ def warn_of_folded_positions(
     Args:
         examples: layer name -> number of examples that it had.
     """
+    # Where a layer's number is 1 its output is broadcast over the examples. The outputs may have
+    # been flattened for the loss, as language models do.
     outputs = logits.shape[likelihood.example_dim(logits)]
-    # Where the number is 1 the output is broadcast over the examples.
-    odd = [name for name, number in examples.items() if number not in (1, outputs)]
+    fewest = min([outputs, *(number for number in examples.values() if number > 1)])
+    odd = [name for name, number in examples.items() if number not in (1, fewest)]
     if odd:
         logger.warning(
-            "K-FAC-reduce: the outputs are for %d examples, but layers have another number of "
+            "K-FAC-reduce: there seem to be %d examples, but layers have another number of "
             "them (%s: %d): if several rows of a layer belong to one example, say so "
             "(record(sharing=...))",
-            outputs,
+            fewest,
             ", ".join(odd[:5]) + (", ..." if len(odd) > 5 else ""),
             examples[odd[0]],
         )
