@@ -230,8 +230,7 @@ METHODS: dict[str, Method] = {
               kfac_point("reduce", "eigenbasis_adam", factor_decay=0.9, fisher_type="empirical"),
               _RATES, _BETAS),
         _kfac("kfac_reduce_polar", "K-FAC-reduce, polar factor",
-              kfac_point("reduce", "eigenbasis_polar", factor_decay=0.9, fisher_type="empirical",
-                         factor_update_steps=1),
+              kfac_point("reduce", "eigenbasis_polar", factor_decay=0.9, fisher_type="empirical"),
               _RATES, _BETAS),
     )
 }  # fmt: skip

@@ -22,6 +22,7 @@ from .discovery import (
     trainable_parameters,
     unwrap,
 )
+from .fisher import step as of_step
 from .fisher.collect import Collection
 from .fisher.likelihoods import Likelihood, as_likelihood
 from .fisher.losses import LossTerms
@@ -94,7 +95,8 @@ def curvature(
 
     Raises:
         TypeError: the model's output is not a tensor.
-        RuntimeError: gradients cannot be computed, as under inference_mode.
+        RuntimeError: gradients cannot be computed, as under inference_mode, or the output has no
+            graph.
     """
     config = KFACConfig(
         kfac_approx=kfac_approx, fisher_type=fisher_type, mc_samples=mc_samples, **settings
@@ -133,6 +135,8 @@ def blocks_and_curvature(
         recording = Recording(tracked(parameters, config.exclude))
         with recording:
             logits = _call(model, inputs)
+        if not logits.requires_grad:
+            raise RuntimeError(of_step.NO_GRAPH)
         losses = [LossTerms(logits, likelihood)]
         unplaced = place_examples(recording, losses, sharing)
         found = found_in(recording, losses, parameters, unplaced)

@@ -650,6 +650,24 @@ def clipped_after() -> None:
     assert_same([p.detach() for p in model.parameters()], expected())
 
 
+@surrounding("a `forward` under `no_grad`, given to `curvature`", "contexts")
+def forward_without_graph() -> str:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        @torch.no_grad()
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x)
+
+    def call() -> None:
+        x = torch.randn(4, 6)
+        curvature(Frozen(), x, likelihood="categorical", kfac_approx="expand")
+
+    return refusal(call, RuntimeError)
+
+
 @surrounding("`torch.inference_mode` around `curvature`", "contexts")
 def inference_mode() -> str:
     def call() -> None:
@@ -992,7 +1010,9 @@ REFUSED = {
     "a likelihood that the loss seen contradicts", "classes in another dimension, targets given",
     "classes in another dimension, no targets", "an output that is a dict, given to `curvature`",
     "`torch.compile` of the whole step",
-    "`torch.inference_mode` around `curvature`", "activation checkpointing (`use_reentrant=True`)",
+    "`torch.inference_mode` around `curvature`",
+    "a `forward` under `no_grad`, given to `curvature`",
+    "activation checkpointing (`use_reentrant=True`)",
 }  # fmt: skip
 
 
