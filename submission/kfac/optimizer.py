@@ -30,7 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "factor_decay": 0.9,
     "factor_update_steps": 10,
     "inverse_update_steps": 10,
-    "direction": "eigenbasis_adam",
+    "direction": "eigenbasis_polar",
     "damping_kind": "exact",
     "betas": (0.9, 0.95),
     "max_factor_side": 2048,
@@ -42,8 +42,8 @@ BaseRule = Callable[[list[dict[str, Any]]], Optimizer]
 class KFAC(Optimizer):
     """K-FAC for any model.
 
-    By default Adam in the eigenbasis of K-FAC-reduce's factors: its steps are as large as Adam's at
-    the same learning rate. With `base` the paper's method: the gradient is preconditioned by
+    By default the polar factor of Adam's update in the eigenbasis of K-FAC-reduce's factors: its
+    steps are as large as Adam's at the same learning rate. With `base` the paper's method: the gradient is preconditioned by
     (curvature + damping)⁻¹, and another optimizer steps along it.
 
     Args:

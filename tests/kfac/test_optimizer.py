@@ -82,7 +82,7 @@ def test_with_sgd_a_step_goes_along_the_solution_of_the_damped_system():
 
 def test_groups_have_learning_rates_and_weight_decays_of_their_own():
     model = net()
-    rule = {"direction": "eigenbasis_adam", "damping_kind": "exact", "kfac_approx": "expand"}
+    rule = {"direction": "eigenbasis_polar", "damping_kind": "exact", "kfac_approx": "expand"}
     directions = preconditioned_gradients(model, **rule, fisher_type="type-2")
     before = [p.detach().clone() for p in model.parameters()]
     groups = [
