@@ -43,8 +43,8 @@ class KFAC(Optimizer):
     """K-FAC for any model.
 
     By default the polar factor of Adam's update in the eigenbasis of K-FAC-reduce's factors: its
-    steps are as large as Adam's at the same learning rate. With `base` the paper's method: the gradient is preconditioned by
-    (curvature + damping)⁻¹, and another optimizer steps along it.
+    steps are as large as Adam's at the same learning rate. With `base` the paper's method: the
+    gradient is preconditioned by (curvature + damping)⁻¹, and another optimizer steps along it.
 
     Args:
         model: a module, or (name, parameter) pairs; wrappers of DDP and torch.compile are looked

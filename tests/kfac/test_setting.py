@@ -208,6 +208,30 @@ def test_rows_flattened_for_a_loss_are_not_taken_for_examples(flattens, caplog):
     assert not [r for r in caplog.records if "seem to be" in r.getMessage()]
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_rows_flattened_after_heads_were_joined_are_positions(heads, caplog):
+    """As in Hugging Face's GPT-2: heads are joined by a view, and its `Conv1D` flattens again."""
+
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.into, self.out = nn.Linear(4, 6), nn.Parameter(torch.randn(6, 9))
+
+        def forward(self, x):
+            rows = self.into(x).tanh().unflatten(-1, (heads, -1)).transpose(1, 2)
+            joined = rows.transpose(1, 2).contiguous().reshape(*x.shape[:2], -1)
+            return torch.addmm(torch.zeros(9), joined.view(-1, 6), self.out).view(*x.shape[:2], 9)
+
+    model = Joined()
+    optimizer = KFAC(model, lr=0.1, kfac_approx="reduce")
+    with optimizer.record():
+        loss = F.cross_entropy(model(torch.randn(3, 5, 4)).flatten(0, 1), torch.randint(9, (15,)))
+    loss.backward()
+    optimizer.step()
+    assert [row.sharing for row in optimizer.report()] == ["5 positions"] * 2
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(
     ("examples", "outputs", "message"),
     [

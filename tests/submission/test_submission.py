@@ -368,7 +368,9 @@ def regress(given, faulty_step, total=12, spoil=None):
 
 
 @pytest.mark.parametrize("spoil", [None, float("nan"), float("inf")])
-@pytest.mark.parametrize("update_rule", ["nesterov", "nadamw", "eigenbasis_adam", "eigenbasis_polar"])
+@pytest.mark.parametrize(
+    "update_rule", ["nesterov", "nadamw", "eigenbasis_adam", "eigenbasis_polar"]
+)
 def test_one_step_that_overflows_costs_one_step(update_rule, spoil):
     given = point(update_rule=update_rule, learning_rate=0.01)
     model, state = regress(given, faulty_step=5, spoil=spoil)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from typing import TYPE_CHECKING, Any
 
@@ -236,10 +237,15 @@ def _subscripts(equation: str, dims: list[int]) -> tuple[list[str], str] | None:
 def _folded(x: Tensor) -> tuple[int, ...] | None:
     """[N, R...] of rows [N·R, d] that are a view of a tensor with these dimensions apart."""
     base = x._base
-    if x.dim() != 2 or base is None or base.dim() < 3 or base.shape[-1] != x.shape[-1]:
+    if x.dim() != 2 or base is None or base.numel() != x.numel():
         return None
-    if base.numel() != x.numel() or not (base.is_contiguous() and x.is_contiguous()):
+    if not (base.is_contiguous() and x.is_contiguous()):
         return None
-    # [1, N, d] may be N examples that were taken out of a list of one.
-    flattened = base.shape[0] > 1 if x.grad_fn is None else "View" in x.grad_fn.name()
-    return tuple(base.shape[:-1]) if flattened else None
+    # What the view was made from may be a view itself, of heads [N, R, heads, d / heads] say.
+    before = getattr(x.grad_fn, "_saved_self_sym_sizes", ())
+    for sizes in (tuple(map(int, before)), tuple(base.shape)):
+        if len(sizes) >= 3 and sizes[-1] == x.shape[-1] and math.prod(sizes) == x.numel():
+            # [1, N, d] may be N examples that were taken out of a list of one.
+            flattened = sizes[0] > 1 if x.grad_fn is None else "View" in x.grad_fn.name()
+            return sizes[:-1] if flattened else None
+    return None
