@@ -9,7 +9,7 @@ from language_model import LanguageModel, LanguageWorkload, Shape, token_batch
 from submission import submission
 from submission.hyperparameters import SELF_TUNED
 
-# Short enough for a test: no warm-up, and curvature as of the first steps.
+# Short enough for a test: no warm-up.
 POINT = {**SELF_TUNED, "warmup_fraction": 0.0, "training_steps": 10_000}
 
 

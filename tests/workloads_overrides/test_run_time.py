@@ -14,7 +14,9 @@ def test_no_run_ends_before_its_schedule(workload, slower, ruleset):
     one = fit(allowance, slower * A100_STEP_SECONDS[workload], ruleset)
     assert one.length <= one.fits
     assert one.share <= 0.951
-    assert one.length == min(int(0.75 * allowance.step_hint), one.length)
+    assert one.length <= int(0.75 * allowance.step_hint)
+    if one.share < 0.94:  # there is time for more: then it is not cut
+        assert one.length == int(0.75 * allowance.step_hint)
 
 
 def test_the_self_tuning_ruleset_allows_half_as_much_again():
