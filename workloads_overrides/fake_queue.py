@@ -108,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(clone: Path, workload: str, flags: Sequence[str], short_decoding: bool) -> dict[str, Any]:
     """The test's outcome as plain values."""
     import_triton_first()
+    importlib.import_module("algoperf")  # as installed: a clone lacks what installation generates
     sys.path.insert(0, str(clone))
     test: Any = importlib.import_module("tests.reference_algorithm_tests")
     watch = Watch()

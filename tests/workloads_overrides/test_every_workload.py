@@ -54,7 +54,7 @@ def run_workload(algoperf, folder, workload, method):
     point |= {"learning_rate": 3e-4, "warmup_fraction": 0.0, "dropout_rate": 0.0}
     (folder / "point.json").write_text(json.dumps([point]))
     out = folder / "result.json"
-    paths = [str(ROOT), str(clone), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [
             python, "-m", "workloads_overrides.fake_queue", f"--clone={clone}", f"--out={out}",
