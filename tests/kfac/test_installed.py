@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,14 @@ def readme_loop() -> str:
     text = (ROOT / "README.md").read_text()
     (block,) = re.findall(r"own training loop\n\n```python\n(.*?)print\(", text, re.DOTALL)
     return block
+
+
+def test_every_folder_of_the_engine_is_installed():
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    engine = ROOT / "submission" / "kfac"
+    folders = {file.parent.relative_to(engine) for file in engine.rglob("*.py")}
+    names = {".".join(("kfac_algoperf", *folder.parts)) for folder in folders}
+    assert set(setup["packages"]) == names
 
 
 @pytest.mark.slow
