@@ -27,7 +27,7 @@ usage: ./run.sh [--dry-run] [COMMAND] [ARGUMENTS]
   compare       compare runs: steps-to-target and time-to-target
   experiments   tables and figures of the paper
   benchmarks    speed and memory
-  memory        what K-FAC's factors need of a V100, for every AlgoPerf workload; no GPU needed
+  memory        what K-FAC's factors need of a V100 or an A100, for every AlgoPerf workload
   docs          build the documentation's pages into site/
   docker        build the image, or run a command in it
   package       write the folder that AlgoPerf's submissions repository expects

@@ -1,14 +1,14 @@
-"""What K-FAC's factors need of a V100's 16 GB, workload by workload, without a GPU.
+"""What K-FAC's factors need of a GPU's memory, workload by workload, without a GPU.
 
-    python -m workloads_overrides.factor_memory [WORKLOAD ...] [--layers] [--max_factor_side N]
+    python -m workloads_overrides.factor_memory [WORKLOAD ...] [--hardware v100|a100] [--layers]
 
 Layers and activations come from `recorded_models.json` (see `model_record`), the factors from the
-submission's own partition of those layers. What is left for factors on one of eight GPUs is 16 GiB
-less
+submission's own partition of those layers. What is left for factors on one of AlgoPerf's GPUs (8
+V100 with 16 GiB, or 4 A100 with 40) is its memory less
 
 - the parameters, their gradients, DistributedDataParallel's buckets (a copy of the gradients) and
   NAdamW's two moments: five times the parameters;
-- what autograd keeps for the backward pass at the submission's batch size, an eighth of it per GPU:
+- what autograd keeps for the backward pass at the submission's batch size, shared by the GPUs:
   measured on a small batch and scaled by the number of examples. This is on a CPU: some of CUDA's
   kernels keep less;
 - 1 GiB for CUDA's context, libraries and fragmentation, an assumption.
@@ -36,9 +36,7 @@ from submission.submission import get_batch_size
 from workloads_overrides.model_record import RECORD, skeleton, uses_of
 
 GIB = 2**30
-DEVICE_MEMORY = 16 * GIB  # V100, as in AlgoPerf's benchmark hardware
 RESERVED = 1 * GIB
-GPUS = 8
 COPIES_OF_PARAMETERS = 5  # value, gradient, DDP bucket, two moments
 ITEM = 4  # bytes of a float32
 COPIES_OF_FACTORS = 3  # average, inverse, new sums
@@ -46,8 +44,24 @@ REPORTED_COPIES = 2  # of which the engine's report counts the first two
 
 
 @dataclass(frozen=True)
+class Hardware:
+    """A machine: its GPUs, the bytes of each, and the workloads that its rules do not have."""
+
+    name: str
+    gpus: int
+    memory: int
+    without: frozenset[str] = frozenset()
+
+
+HARDWARE = {
+    "v100": Hardware("8 V100 with 16 GiB", 8, 16 * GIB, frozenset({"finewebedu_lm"})),
+    "a100": Hardware("4 A100 with 40 GiB", 4, 40 * GIB),
+}
+
+
+@dataclass(frozen=True)
 class Memory:
-    """One workload on one of eight GPUs; sizes in bytes.
+    """One workload on one of a machine's GPUs; sizes in bytes.
 
     Attributes:
         rows: the engine's report, layer by layer.
@@ -83,8 +97,10 @@ def recorded_workloads() -> list[str]:
     return list(json.loads(RECORD.read_text()))
 
 
-def memory_of(workload: str, settings: KFACConfig) -> Memory:
-    """Memory of a recorded workload.
+def memory_of(
+    workload: str, settings: KFACConfig, hardware: Hardware = HARDWARE["v100"]
+) -> Memory:
+    """Memory of a recorded workload on one GPU.
 
     Raises:
         KeyError: it is not in the record.
@@ -96,7 +112,7 @@ def memory_of(workload: str, settings: KFACConfig) -> Memory:
     )
     rows = tuple(report_rows(structure, settings))
     parameters = sum(row.parameters for row in rows)
-    per_gpu = max(1, get_batch_size(workload) // GPUS)
+    per_gpu = max(1, get_batch_size(workload) // hardware.gpus)
     activations = record["saved_bytes"] * per_gpu // record["measured_batch"]
     used = COPIES_OF_PARAMETERS * ITEM * parameters + activations + RESERVED
     return Memory(
@@ -106,13 +122,13 @@ def memory_of(workload: str, settings: KFACConfig) -> Memory:
         parameters=parameters,
         activations=activations,
         factors=sum(row.memory for row in rows) * COPIES_OF_FACTORS // REPORTED_COPIES,
-        budget=DEVICE_MEMORY - used,
+        budget=hardware.memory - used,
     )
 
 
-def summary_table(found: Sequence[Memory]) -> Table:
+def summary_table(found: Sequence[Memory], hardware: Hardware) -> Table:
     """One line per workload."""
-    table = Table(title=f"one of {GPUS} V100s with 16 GB")
+    table = Table(title=f"one of {hardware.name}")
     for heading in ("workload", "preconditioned by", "fits"):
         table.add_column(heading)
     for heading in (
@@ -167,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=", ".join(known))
     parser.add_argument("--kfac_approx", choices=("expand", "reduce"), default="reduce")
     parser.add_argument("--max_factor_side", type=int, default=KFACConfig.max_factor_side)
+    parser.add_argument("--hardware", choices=tuple(HARDWARE), help="default: both")
     parser.add_argument("--layers", action="store_true", help="also a table of every layer")
     arguments = parser.parse_args(argv)
     for name in arguments.workloads:
@@ -175,13 +192,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = KFACConfig(
         kfac_approx=arguments.kfac_approx, max_factor_side=arguments.max_factor_side
     )
-    found = [memory_of(name, settings) for name in arguments.workloads or known]
     console = Console(width=None if sys.stdout.isatty() else 200)
-    if arguments.layers:
-        for memory in found:
-            console.print(layer_table(memory))
-    console.print(summary_table(found))
-    too_large = [memory.workload for memory in found if not memory.fits]
+    too_large = []
+    for kind in [arguments.hardware] if arguments.hardware else HARDWARE:
+        hardware = HARDWARE[kind]
+        names = arguments.workloads or [name for name in known if name not in hardware.without]
+        found = [memory_of(name, settings, hardware) for name in names]
+        if arguments.layers:
+            for memory in found:
+                console.print(layer_table(memory))
+        console.print(summary_table(found, hardware))
+        too_large += [f"{memory.workload} on {kind}" for memory in found if not memory.fits]
     if too_large:
         console.print(f"over budget: {', '.join(too_large)}")
     return 1 if too_large else 0

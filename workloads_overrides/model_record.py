@@ -4,7 +4,8 @@
 
 builds every base workload's model in an environment with AlgoPerf, runs one small forward pass of
 it on fake data, and writes `recorded_models.json`. `skeleton` makes a model with the same layers
-from the record, on PyTorch's meta device: shapes without memory.
+from the record, on PyTorch's meta device: shapes without memory. `finewebedu_lm`, which the tested
+commit of AlgoPerf does not have, is recorded from its double (`language_model`) at its full size.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from submission.algoperf_compat import spec
 from submission.kfac.operations.record import Recording
+from workloads_overrides import language_model
 
+LANGUAGE_MODEL = "finewebedu_lm"
 RECORD = Path(__file__).with_name("recorded_models.json")
 
 # Layer type -> the arguments that its parameters' shapes depend on.
@@ -32,6 +36,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "Embedding": ("num_embeddings", "embedding_dim"),
     "LSTM": ("input_size", "hidden_size", "num_layers", "bias", "bidirectional"),
     "LayerNorm": ("normalized_shape",),
+    "RMSNorm": ("normalized_shape",),
     "GroupNorm": ("num_groups", "num_channels"),
     "BatchNorm2d": ("num_features",),
 } | dict.fromkeys(("Conv1d", "Conv2d", "ConvTranspose2d"), _CONVOLUTION)
@@ -43,21 +48,25 @@ MEASURED_BATCH = 2  # examples of the forward pass whose activations are measure
 def structure_of(model: nn.Module) -> list[list[Any]]:
     """[name, type, arguments] of every module with parameters of its own.
 
-    Of a type that is not in `ARGUMENTS` the parameters' shapes are kept: type "Parameters".
+    Of a type that is not in `ARGUMENTS` the parameters' shapes are kept: type "Parameters". A
+    parameter that a module before it holds is named among the arguments: "tied".
     """
     rows: list[list[Any]] = []
+    first = {parameter: name for name, parameter in model.named_parameters()}
     for name, module in model.named_modules():
         own = {key: p for key, p in module._parameters.items() if p is not None}
         if not own:
             continue
+        place = f"{name}." if name else ""
+        tied = {key: first[p] for key, p in own.items() if first[p] != place + key}
         kind = type(module).__name__
         if kind in ARGUMENTS and type(module) is getattr(nn, kind):
             values = {key: getattr(module, key) for key in ARGUMENTS[kind]}
             values["bias"] = values["bias"] is not None if "bias" in values else None
-            rows.append([name, kind, {k: v for k, v in values.items() if v is not None}])
+            arguments = {k: v for k, v in values.items() if v is not None}
         else:
-            shapes = {key: list(p.shape) for key, p in own.items()}
-            rows.append([name, "Parameters", shapes])
+            kind, arguments = "Parameters", {key: list(p.shape) for key, p in own.items()}
+        rows.append([name, kind, arguments | ({"tied": tied} if tied else {})])
     return rows
 
 
@@ -66,7 +75,9 @@ def skeleton(structure: Sequence[Sequence[Any]]) -> nn.Module:
     root = nn.Module()
     with torch.device("meta"):
         for name, kind, arguments in structure:
-            module = _module(kind, arguments)
+            module = _module(kind, {k: v for k, v in arguments.items() if k != "tied"})
+            for key, held in arguments.get("tied", {}).items():
+                module.register_parameter(key, root.get_parameter(held))
             if not name:
                 for key, parameter in module.named_parameters():
                     root.register_parameter(key, parameter)
@@ -118,7 +129,7 @@ def _input_of(module: Any) -> Tensor:
         return torch.empty(2, module.num_features, 2, 2)
     if isinstance(module, nn.GroupNorm):
         return torch.empty(1, module.num_channels, 2)
-    if isinstance(module, nn.LayerNorm):
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return torch.empty(1, *module.normalized_shape)
     return torch.empty(1, module.in_features)
 
@@ -143,7 +154,6 @@ def saved_bytes(model: nn.Module, run: Any) -> int:
 
 def record_workload(test: Any, name: str) -> dict[str, Any]:
     """The record of a base workload, from AlgoPerf's test module with its flags parsed."""
-    spec: Any = importlib.import_module("algoperf.spec")
     entry = test.submission_runner.WORKLOADS[name]
     path = (
         f"{test.submission_runner.BASE_WORKLOADS_DIR}{entry['workload_path']}_pytorch/workload.py"
@@ -170,6 +180,26 @@ def record_workload(test: Any, name: str) -> dict[str, Any]:
     }
 
 
+def record_language_model() -> dict[str, Any]:
+    """The record of `finewebedu_lm`, from its double at full size."""
+    shape = language_model.FULL_SIZE
+    model = language_model.LanguageModel(shape)
+    workload = language_model.LanguageWorkload()
+    batch = language_model.token_batch(
+        shape, 0, False, examples=MEASURED_BATCH, length=language_model.FULL_LENGTH
+    )
+
+    def run() -> Any:
+        logits, _ = workload.model_fn(model, batch, spec.ForwardPassMode.TRAIN)
+        return workload.loss_fn(batch["targets"], logits)
+
+    return {
+        "modules": structure_of(model),
+        "saved_bytes": saved_bytes(model, run),
+        "measured_batch": MEASURED_BATCH,
+    }
+
+
 def _graphs(number: int) -> dict[str, Any]:
     """Graphs of the size that ogbg's pipeline pads to."""
     jraph: Any = importlib.import_module("jraph")
@@ -184,10 +214,10 @@ def _graphs(number: int) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Records the named workloads, or all base workloads; keeps the records of others."""
+    """Records the named workloads, or all of them; keeps the records of others."""
     parser = argparse.ArgumentParser(prog="workloads_overrides.model_record", allow_abbrev=False)
     parser.add_argument("--clone", required=True, type=Path, help="folder of AlgoPerf's repository")
-    parser.add_argument("workloads", nargs="*", help="default: all base workloads, mnist, cifar")
+    parser.add_argument("workloads", nargs="*", help="default: all of them")
     arguments = parser.parse_args(argv)
     from workloads_overrides.fake_queue import import_triton_first
 
@@ -195,10 +225,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.path.insert(0, str(arguments.clone.resolve()))
     test: Any = importlib.import_module("tests.reference_algorithm_tests")
     test.FLAGS(["test", "--framework=pytorch", f"--global_batch_size={MEASURED_BATCH}"])
-    names = arguments.workloads or [*test.workloads.BASE_WORKLOADS, "mnist", "cifar"]
+    base = [*test.workloads.BASE_WORKLOADS, "mnist", "cifar"]
+    names = arguments.workloads or list(dict.fromkeys([*base, LANGUAGE_MODEL]))
     records = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     for name in names:
-        records[name] = record_workload(test, name)
+        doubled = name == LANGUAGE_MODEL and name not in base
+        records[name] = record_language_model() if doubled else record_workload(test, name)
         print(name, f"{records[name]['saved_bytes'] / 2**20:.0f} MiB", flush=True)
         partial = RECORD.with_suffix(".partial")
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in records.items()]

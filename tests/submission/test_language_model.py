@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from language_model import LanguageModel, LanguageWorkload, Shape, token_batch
 
 from submission import submission
 from submission.hyperparameters import SELF_TUNED
+from workloads_overrides.language_model import LanguageModel, LanguageWorkload, Shape, token_batch
 
 # Short enough for a test: no warm-up.
 POINT = {**SELF_TUNED, "warmup_fraction": 0.0, "training_steps": 10_000}
