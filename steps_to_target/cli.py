@@ -72,6 +72,11 @@ def build_parser() -> argparse.ArgumentParser:
         "says which way the metric has to go (may be repeated)",
     )
     add("--no-paper", action="store_true", help="leave out the paper's rows")
+    add(
+        "--leaderboard",
+        action="store_true",
+        help="also published entries of AlgoPerf's leaderboards, each with its hardware",
+    )
     add("--no-runs", action="store_true", help="leave out the table of single runs")
     add("--html", metavar="FILE", help="self-contained page: tables, pictures, hyperparameters")
     add("--plot", metavar="FILE", help="pictures as .png, .svg or .pdf")
@@ -83,6 +88,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PROJECT",
         help="push the runs to this wandb project; runs pushed before are updated, not doubled; "
         "with WANDB_MODE=offline nothing is sent and `wandb sync` sends it later",
+    )
+    add(
+        "--wandb-page",
+        metavar="PROJECT",
+        help="make a page (report) in this wandb project: bars of steps and time to target, of the "
+        "runs and published rows that --to-wandb pushed, and curves",
     )
     add("--wandb-entity", metavar="NAME", help="wandb user or team (default: wandb's own)")
     add("--wandb-dir", metavar="DIR", default=".", help="where wandb keeps its files (default: .)")
@@ -151,7 +162,13 @@ def run(argv: Sequence[str] | None = None) -> None:
     targets = dict(parse_override(text) for text in arguments.target)
     loaded = load(arguments.runs, targets=targets)
     runs = _chosen(loaded.runs, arguments.workloads)
-    summary = summarize(runs, arguments.reference, paper=not arguments.no_paper, notes=loaded.notes)
+    summary = summarize(
+        runs,
+        arguments.reference,
+        paper=not arguments.no_paper,
+        leaderboard=arguments.leaderboard,
+        notes=loaded.notes,
+    )
     written = _write(arguments, runs, summary)
     console = _console()
     console.print(render_table(summary, runs=not arguments.no_runs))
@@ -170,6 +187,11 @@ def run(argv: Sequence[str] | None = None) -> None:
             folder=arguments.wandb_dir,
         )
         console.print(str(pushed), soft_wrap=True, markup=False)
+    if arguments.wandb_page:
+        from steps_to_target.wandb_runs.page import save_page
+
+        address = save_page(summary, arguments.wandb_page, arguments.wandb_entity)
+        console.print(f"wandb: {address}", soft_wrap=True, markup=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -56,7 +56,7 @@ def _value(group: Group, measure: Measure) -> float:
 def performance_profile(
     summary: Summary, workloads: Sequence[str] | None = None, *, measure: Measure = "seconds"
 ) -> Profile:
-    """Profile and score of all methods (the paper's rows take no part).
+    """Profile and score of all methods (published rows take no part).
 
     Args:
         summary: from ``summarize``.
@@ -76,7 +76,7 @@ def performance_profile(
             f"no run on workload {', '.join(unknown) or '(none named)'}; "
             f"these have runs: {', '.join(known)}"
         )
-    groups = {(g.table, g.method): g for g in summary.groups if not g.paper}
+    groups = {(g.table, g.method): g for g in summary.groups if not g.published}
     methods = sorted({method for workload, method in groups if workload in chosen})
     ratios: dict[str, dict[str, float]] = {method: {} for method in methods}
     absent = []

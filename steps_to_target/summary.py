@@ -15,6 +15,7 @@ from difflib import get_close_matches
 
 from steps_to_target.differences import Caution, comparison_warnings, grouped
 from steps_to_target.errors import CompareError
+from steps_to_target.leaderboard import Entry, leaderboard_rows
 from steps_to_target.model import Run, Status
 from steps_to_target.paper import PaperRow, paper_reference, paper_row, paper_rows
 from steps_to_target.statistics import Ratio, Stat, describe, median_with_misses, ratio_of_means
@@ -37,7 +38,7 @@ class Group:
         ratio_steps, ratio_seconds: to the reference (None: the reference itself, or not to be had).
         algoperf_steps, algoperf_seconds: as AlgoPerf scores: fastest trial of each study, median
             over studies, infinity where no trial of the median study reached.
-        paper: a row of the paper; then ``runs`` is empty.
+        published: a row of the paper or of a leaderboard; then ``runs`` is empty.
         statuses: how many runs ended how.
     """
 
@@ -56,7 +57,7 @@ class Group:
     algoperf_steps: float = math.nan
     algoperf_seconds: float = math.nan
     is_reference: bool = False
-    paper: bool = False
+    published: bool = False
     statuses: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -67,7 +68,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Summary:
-    """All groups, sorted by table with the reference first and the paper's rows last.
+    """All groups, sorted by table with the reference first and published rows last.
 
     ``warnings`` has one line for each kind; ``cautions`` every single one.
     """
@@ -170,8 +171,16 @@ def _group(table: str, method: str, runs: Sequence[Run]) -> Group:
     )
 
 
-def _paper_group(beside: Group, row: PaperRow, reference: PaperRow) -> Group:
-    own = row is reference
+def _published(beside: Group, row: PaperRow | Entry) -> Group:
+    """A row as published, in the table of a group."""
+    if isinstance(row, Entry):
+        steps, seconds = (Stat(1, mean, math.nan, math.nan, 1) for mean in (row.steps, row.seconds))
+        base, hours = None, math.nan
+    else:
+        steps = Stat(1, row.steps, row.steps_stderr, math.nan, 1)
+        seconds = Stat(1, row.hours * 3600, row.hours_stderr * 3600, math.nan, 1)
+        base, hours = paper_reference(beside.workload, row), row.hours
+    with_ratio = base is not None and base is not row
     return Group(
         workload=beside.workload,
         table=beside.table,
@@ -179,12 +188,12 @@ def _paper_group(beside: Group, row: PaperRow, reference: PaperRow) -> Group:
         method=row.label,
         runs=(),
         repetitions="as published",
-        steps=Stat(1, row.steps, row.steps_stderr, math.nan, 1),
-        seconds=Stat(1, row.hours * 3600, row.hours_stderr * 3600, math.nan, 1),
-        ratio_steps=None if own else Ratio(row.steps / reference.steps, None, None),
-        ratio_seconds=None if own else Ratio(row.hours / reference.hours, None, None),
-        is_reference=own,
-        paper=True,
+        steps=steps,
+        seconds=seconds,
+        ratio_steps=Ratio(row.steps / base.steps, None, None) if base and with_ratio else None,
+        ratio_seconds=Ratio(hours / base.hours, None, None) if base and with_ratio else None,
+        is_reference=base is row,
+        published=True,
     )
 
 
@@ -237,6 +246,7 @@ def summarize(
     reference: str | None = None,
     *,
     paper: bool = True,
+    leaderboard: bool = False,
     notes: Sequence[str] = (),
 ) -> Summary:
     """Compare methods.
@@ -245,6 +255,7 @@ def summarize(
         runs: from ``load_runs``.
         reference: name of the method that ratios are taken to; None for no ratios.
         paper: add the paper's rows on the workloads that the paper has.
+        leaderboard: add published entries of AlgoPerf's leaderboards.
         notes: further warnings, e.g. what ``load`` passed over.
 
     Returns:
@@ -283,12 +294,13 @@ def summarize(
         cautions += _censored(own)
         groups += own
         workload = own[0].workload
-        rows = paper_rows(workload, [group.method for group in own]) if paper else []
-        if rows and _is_papers(own[0]):
-            groups += [_paper_group(own[0], row, paper_reference(workload, row)) for row in rows]
-            paper_notes += [note for note in map(_paper_note, own) if note]
+        papers = paper_rows(workload, [group.method for group in own]) if paper else []
+        rows = [*papers, *(leaderboard_rows(workload) if leaderboard else ())]
+        if rows and _is_algoperfs(own[0]):
+            groups += [_published(own[0], row) for row in rows]
+            paper_notes += [note for note in map(_paper_note, own) if note and papers]
         elif rows and own[0].target is not None:
-            cautions.append(Caution("the paper's rows are for another target", table))
+            cautions.append(Caution("published rows are for another target", table))
     cautions += _several_targets(groups)
     return Summary(
         reference,
@@ -299,13 +311,14 @@ def summarize(
     )
 
 
-def _is_papers(group: Group) -> bool:
-    paper = builtin_target(group.workload)
+def _is_algoperfs(group: Group) -> bool:
+    """Whether a group's target is AlgoPerf's own, which the paper's and the entries' runs have."""
+    own = builtin_target(group.workload)
     return (
-        paper is not None
+        own is not None
         and group.target is not None
-        and group.target.metric == paper.metric
-        and math.isclose(group.target.validation, paper.validation)
+        and group.target.metric == own.metric
+        and math.isclose(group.target.validation, own.validation)
     )
 
 

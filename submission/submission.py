@@ -183,7 +183,7 @@ def update_params(
             shared_rows(model, batch, run.kinds_of_rows, probe) as sharing,
             kfac.record(sharing),
         ):
-            output, new_model_state = forward(_uncompiled(model))
+            output, new_model_state = forward(model)
     else:
         output, new_model_state = forward(model)
     loss, valid, loss_is_finite = mean_loss(output)
@@ -349,9 +349,3 @@ def _dropout_argument(workload: Any, settings: Hyperparameters) -> dict[str, flo
         return {}
     takes_it = "dropout_rate" in inspect.signature(workload.model_fn).parameters
     return {"dropout_rate": settings.dropout_rate} if takes_it else {}
-
-
-def _uncompiled(model: nn.Module) -> nn.Module:
-    """The module to record: before PyTorch 2.6 hooks inside a compiled one cannot be had."""
-    inner = getattr(model, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) else model

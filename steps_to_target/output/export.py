@@ -100,10 +100,10 @@ def run_record(run: Run) -> dict[str, Any]:
     return cleaned
 
 
-def _stat(stat: Stat, paper: bool) -> dict[str, Any]:
+def _stat(stat: Stat, published: bool) -> dict[str, Any]:
     return {
-        "reached": None if paper else stat.n,
-        "total": None if paper else stat.total,
+        "reached": None if published else stat.n,
+        "total": None if published else stat.total,
         "mean": stat.mean,
         "standard_error": stat.stderr,
         "median": stat.median,
@@ -122,15 +122,15 @@ def group_record(group: Group) -> dict[str, Any]:
         "workload": group.workload,
         "target": group.target.text if group.target else None,
         "method": group.method,
-        "paper": group.paper,
+        "published": group.published,
         "is_reference": group.is_reference,
         "runs": len(group.runs),
         "runs_reached": group.reached,
         "fraction_reached": group.reached / len(group.runs) if group.runs else None,
         "statuses": dict(group.statuses),
         "mean_over": group.repetitions,
-        "steps": _stat(group.steps, group.paper),
-        "seconds": _stat(group.seconds, group.paper),
+        "steps": _stat(group.steps, group.published),
+        "seconds": _stat(group.seconds, group.published),
         "ratio_steps": _ratio(group.ratio_steps),
         "ratio_seconds": _ratio(group.ratio_seconds),
         "algoperf_steps": group.algoperf_steps,

@@ -56,8 +56,8 @@ def _run(run: Run) -> dict[str, Any]:
 
 
 def _kind(group: Group) -> str:
-    if group.paper:
-        return "paper"
+    if group.published:
+        return "published"
     return "reference" if group.is_reference else ""
 
 

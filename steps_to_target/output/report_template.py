@@ -24,7 +24,7 @@ th, td { padding: .28rem .7rem; border-bottom: 1px solid #ccc; text-align: left;
 th { border-bottom: 2px solid #555; background: #f3f3f3; }
 td.n, th.n { text-align: right; white-space: pre; }
 tr.reference td { background: #eef4fb; }
-tr.paper td { color: #444; font-style: italic; }
+tr.published td { color: #444; font-style: italic; }
 .status { white-space: nowrap; font-weight: 600; }
 .reached { color: #00573f; }
 .other { color: #8a2c00; }

@@ -28,8 +28,8 @@ _INTERVAL_COMMA = re.compile(r"(?<=\d), (?=\d)")
 
 
 def in_hours(groups: list[Group]) -> bool:
-    """Whether times of these groups read better in hours than in seconds; the paper's aside."""
-    own = [group.seconds.mean for group in groups if not group.paper]
+    """Whether times of these groups read better in hours than in seconds; published ones aside."""
+    own = [group.seconds.mean for group in groups if not group.published]
     means = [mean for mean in own if not math.isnan(mean)]
     return bool(means) and max(means) >= _HOURS_FROM
 
@@ -83,7 +83,7 @@ def ratio_text(ratio: Ratio | None, is_reference: bool = False, percent: bool = 
 
 def reached_text(group: Group) -> str:
     """``3/5`` and how the others ended."""
-    if group.paper:
+    if group.published:
         return DASH
     others = [f"{count} {name}" for name, count in group.statuses.items() if name != "reached"]
     return f"{group.reached}/{len(group.runs)}" + (f" ({', '.join(others)})" if others else "")
@@ -91,7 +91,7 @@ def reached_text(group: Group) -> str:
 
 def algoperf_time(group: Group, hours: bool) -> str:
     """Median over studies of the fastest trial, in which a miss is infinite."""
-    if group.paper or math.isnan(group.algoperf_seconds):
+    if group.published or math.isnan(group.algoperf_seconds):
         return DASH
     if math.isfinite(group.algoperf_seconds):
         return duration(group.algoperf_seconds, hours)
@@ -109,13 +109,15 @@ def method_rows(groups: list[Group]) -> list[list[str]]:
     hours = in_hours(groups)
     return [
         [
-            group.method + (" (reference)" if group.is_reference and not group.paper else ""),
+            group.method + (" (reference)" if group.is_reference and not group.published else ""),
             reached_text(group),
             mean_steps(group.steps),
-            ratio_text(group.ratio_steps, group.is_reference and group.steps.n > 0, group.paper),
-            mean_time(group.seconds, hours or group.paper),
             ratio_text(
-                group.ratio_seconds, group.is_reference and group.seconds.n > 0, group.paper
+                group.ratio_steps, group.is_reference and group.steps.n > 0, group.published
+            ),
+            mean_time(group.seconds, hours or group.published),
+            ratio_text(
+                group.ratio_seconds, group.is_reference and group.seconds.n > 0, group.published
             ),
             algoperf_time(group, hours),
             group.repetitions,

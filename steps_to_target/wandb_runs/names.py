@@ -12,6 +12,9 @@ from steps_to_target.model import Identity
 DESCRIPTION = "steps_to_target_run"
 """Config entry that says what a run is: identity, JSON files, and of a pushed run a digest."""
 
+PUBLISHED = "published"
+"""Job type of a row that is no run of one's own: the paper's, or a leaderboard's."""
+
 
 def describe(
     identity: Identity,

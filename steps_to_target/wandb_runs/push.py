@@ -2,7 +2,8 @@
 
 A run's wandb id is derived from workload, framework, method, study and trial. The config of a
 pushed run holds a digest of all that was pushed: where a run with this id and digest is already
-there (on the service, or as an offline folder), nothing is done.
+there (on the service, or as an offline folder), nothing is done. Published rows (the paper's, a
+leaderboard's) are pushed as runs without a history, so that wandb's tables and bars show them.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from steps_to_target.errors import CompareError
-from steps_to_target.model import Run
+from steps_to_target.model import Identity, Run
 from steps_to_target.output.export import plain, run_record
-from steps_to_target.summary import Summary, seconds_to_target, step_to_target
+from steps_to_target.summary import Group, Summary, seconds_to_target, step_to_target
 from steps_to_target.wandb_runs.names import (
     DESCRIPTION,
+    PUBLISHED,
     describe,
     run_group,
     run_id,
@@ -58,7 +60,7 @@ def run_summary(run: Run, summary: Summary) -> dict[str, Any]:
     ratio of means with its bootstrap interval.
     """
     own = next(group for group in summary.groups if any(r.path == run.path for r in group.runs))
-    beside = {group.method: group for group in summary.of(own.table) if not group.paper}
+    beside = {group.method: group for group in summary.of(own.table) if not group.published}
     base = beside.get(summary.reference or "")
     entries: dict[str, float | str | None] = {
         "status": str(run.status),
@@ -125,10 +127,47 @@ def run_config(run: Run) -> dict[str, Any]:
     return cleaned
 
 
-def _digest(config: Mapping[str, Any], history: Any, entries: Any, run: Run) -> str:
+@dataclass(frozen=True)
+class _Row:
+    """What becomes one run in wandb.
+
+    Attributes:
+        identity: what its id, name, tags and group come from.
+        job_type: "study_N", or ``PUBLISHED``.
+        record: what else its digest depends on.
+    """
+
+    identity: Identity
+    job_type: str
+    config: dict[str, Any]
+    history: list[dict[str, float]]
+    entries: dict[str, Any]
+    record: Mapping[str, Any]
+
+    def digest(self) -> str:
+        """Changes with anything that would be pushed."""
+        parts = [self.config, self.history, self.entries, self.record]
+        text = json.dumps(parts, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+
+
+def _row(run: Run, summary: Summary) -> _Row:
     record = {key: value for key, value in run_record(run).items() if key != "path"}
-    text = json.dumps([config, history, entries, record], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+    config, entries = run_config(run), run_summary(run, summary)
+    return _Row(run.identity, f"study_{run.study}"[:64], config, run_history(run), entries, record)
+
+
+def _published_row(group: Group) -> _Row:
+    identity = Identity(group.workload, group.method, "0", "1")
+    entries = {
+        "status": PUBLISHED,
+        "steps_to_target": group.steps.mean,
+        "seconds_to_target": group.seconds.mean,
+        "hours_to_target": group.seconds.mean / 3600,
+    }
+    described = {DESCRIPTION: describe(identity, hparams={}, meta={}, flags={})}
+    config = {"workload": group.workload, "method": group.method, **described}
+    return _Row(identity, PUBLISHED, config, [], entries, {})
 
 
 def _config_digest(config: Mapping[str, Any]) -> str:
@@ -180,17 +219,15 @@ def _service_digest(wandb: Any, path: str) -> str:
         return ""
 
 
-def _log(
-    wandb: Any, run: Run, config: dict[str, Any], entries: dict[str, Any], **names: Any
-) -> None:
+def _log(wandb: Any, row: _Row, **names: Any) -> None:
     settings = wandb.Settings(silent=True, console="off", disable_git=True, save_code=False)
     active = wandb.init(
-        id=run_id(run.identity),
-        name=run_name(run.identity)[:128],
-        group=run_group(run.identity)[:128],
-        job_type=f"study_{run.study}"[:64],
-        tags=run_tags(run.identity),
-        config=config,
+        id=run_id(row.identity),
+        name=run_name(row.identity)[:128] if row.job_type != PUBLISHED else row.identity.method,
+        group=run_group(row.identity)[:128],
+        job_type=row.job_type,
+        tags=run_tags(row.identity),
+        config=row.config,
         settings=settings,
         reinit="finish_previous",
         **names,
@@ -201,10 +238,10 @@ def _log(
         active.define_metric("*", step_metric="global_step")
         # A run that is taken up again keeps its history: only what is new is added.
         start = int(getattr(active, "step", 0) or 0)
-        for number, row in enumerate(run_history(run)):
+        for number, values in enumerate(row.history):
             if number >= start:
-                active.log(row, step=number)
-        for name, value in entries.items():
+                active.log(values, step=number)
+        for name, value in row.entries.items():
             active.summary[name] = value
     finally:
         active.finish()
@@ -218,9 +255,10 @@ def push_to_wandb(
     entity: str | None = None,
     folder: str | os.PathLike[str] = ".",
 ) -> Pushed:
-    """Push runs; with ``WANDB_MODE=offline`` into ``<folder>/wandb``, to be synced later.
+    """Push runs, and a summary's published rows.
 
-    An offline folder of an older state of the same run, not yet synced, is replaced.
+    With ``WANDB_MODE=offline`` they lie in ``<folder>/wandb``, to be synced later. An offline
+    folder of an older state of the same run, not yet synced, is replaced.
 
     Raises:
         CompareError: wandb is missing or disabled, or refuses (its first line of explanation).
@@ -235,12 +273,12 @@ def push_to_wandb(
         raise CompareError(f"--wandb-dir {folder}: no such folder")
     before = _offline_folders(place, project) if offline else {}
     written = unchanged = 0
-    for run in runs:
-        config, entries = run_config(run), run_summary(run, summary)
-        identifier = run_id(run.identity)
-        config[DESCRIPTION]["project"] = project
-        digest = _digest(config, run_history(run), entries, run)
-        config[DESCRIPTION]["digest"] = digest
+    rows = [_row(run, summary) for run in runs]
+    for row in [*rows, *(_published_row(group) for group in summary.groups if group.published)]:
+        identifier = run_id(row.identity)
+        row.config[DESCRIPTION]["project"] = project
+        digest = row.digest()
+        row.config[DESCRIPTION]["digest"] = digest
         owner = f"{entity}/" if entity else ""
         old = before.get(identifier, [])
         known = [item[1] for item in old]
@@ -253,7 +291,7 @@ def push_to_wandb(
         if not offline:
             names["resume"] = "allow"
         try:
-            _log(wandb, run, config, entries, **names)
+            _log(wandb, row, **names)
         except CompareError:
             raise
         except Exception as error:  # wandb's errors share no base class with its transport's

@@ -21,7 +21,7 @@ from steps_to_target.errors import CompareError
 from steps_to_target.model import Identity, Run
 from steps_to_target.reading.tables import column
 from steps_to_target.reading.trial import Targets, assess, find_ending
-from steps_to_target.wandb_runs.names import DESCRIPTION
+from steps_to_target.wandb_runs.names import DESCRIPTION, PUBLISHED
 
 SUFFIX = ".wandb"
 Row = dict[str, float]
@@ -224,10 +224,15 @@ def build_run(
 
 
 def read_offline(path: Path, targets: Targets | None = None) -> list[Run]:
-    """All offline wandb runs at or below ``path``; a run that was resumed has several files."""
+    """All offline wandb runs at or below ``path``; a run that was resumed has several files.
+
+    Published rows that ``push`` wrote beside them are no runs.
+    """
     parts: dict[str, list[tuple[Path, dict[str, Any], list[Row], dict[str, str]]]] = {}
     for file in offline_files(path):
         config, rows, names = read_records(file)
+        if names.get("job_type") == PUBLISHED:
+            continue
         parts.setdefault(names.get("id", "") or str(file), []).append((file, config, rows, names))
     runs = []
     for starts in parts.values():
@@ -265,7 +270,8 @@ def read_service(path: str, targets: Targets | None = None, *, api: Any = None) 
     try:
         service = api if api is not None else load_wandb().Api()
         found = [service.run(path)] if len(parts) == 3 else list(service.runs(path))
-        return [_service_run(path, item, targets) for item in found]
+        own = [item for item in found if getattr(item, "job_type", "") != PUBLISHED]
+        return [_service_run(path, item, targets) for item in own]
     except CompareError:
         raise
     except Exception as error:  # wandb's errors share no base class with those of its transport

@@ -32,7 +32,7 @@ from .fisher.likelihoods import Likelihood, as_likelihood
 from .fisher.losses import LossTerms, check_class_dim, check_statement, terms_of
 from .fisher.step import RecordedPass, StepStatistics
 from .linalg.precision import own_products
-from .operations.compiled import NOT_SEEN, CompiledModelError, uncompiled
+from .operations.compiled import uncompiled
 from .operations.record import Recording
 from .operations.sharing import SharingRule, check_names
 from .ranks import collectives
@@ -156,7 +156,7 @@ class Preconditioner:
 
         Raises:
             SharingError: it names a layer that there is not.
-            CompiledModelError: the model is compiled, and none of its operations was seen.
+            CompiledModelError: the whole step is compiled, this call with it.
         """
         if self._pass is not None and self._pass.waits_for_loss:
             logger.warning(of_step.DROPPED)
@@ -174,8 +174,6 @@ class Preconditioner:
         except BaseException:
             recording.release()
             raise
-        if self._seen.is_compiled and not recording.calls:
-            raise CompiledModelError(NOT_SEEN)
         self._pass = RecordedPass(recording, sharing)
         self._was_recorded = True
         if recording.losses and not self._states_losses:

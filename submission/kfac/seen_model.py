@@ -27,7 +27,6 @@ from .fisher.collect import Collection
 from .fisher.losses import LossTerms
 from .fisher.setting import detect_setting, warn_of_folded_positions
 from .fisher.step import RecordedPass
-from .operations.compiled import is_compiled
 from .ranks import collectives
 from .ranks.placement import owners
 from .state import KFACState
@@ -48,12 +47,10 @@ class SeenModel:
         structure: the blocks.
         observed: names of the blocks whose statistics are collected.
         owners: name of a block -> the rank that computes its inverse; empty where every rank does.
-        is_compiled: whether the model, or a part of it, was compiled.
     """
 
     def __init__(self, model: nn.Module, config: KFACConfig, state: KFACState) -> None:
         self._model, self._config, self._state = unwrap(model), config, state
-        self.is_compiled = is_compiled(model)
         check_excluded(config.exclude, (name for name, _ in self._model.named_parameters()))
         self._look_at_parameters()
         self.structure = Structure()

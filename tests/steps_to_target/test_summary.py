@@ -177,17 +177,29 @@ def test_steps_of_another_kind_are_not_compared(tmp_path):
     assert any("outer steps only" in warning for warning in summary.warnings)
 
 
+def test_leaderboard_rows_stand_below_where_the_target_is_algoperfs(small_set):
+    plain = summarize(load_runs([small_set]), "nesterov")
+    summary = summarize(load_runs([small_set]), "nesterov", leaderboard=True)
+    caspr = _group(summary, "ogbg", "CASPR (8 V100)")
+    assert (caspr.steps.mean, caspr.seconds.mean, caspr.published) == (6_654, 2_192, True)
+    own, before = ([(g.method, g.steps) for g in s.groups if g.runs] for s in (summary, plain))
+    assert own == before
+    assert all(group.ratio_steps is None for group in summary.groups if "A100" in group.method)
+    of_ogbg = [group.published for group in summary.of("ogbg")]
+    assert of_ogbg == sorted(of_ogbg)
+
+
 def test_paper_rows_and_verdict(small_set):
     summary = summarize(load_runs([small_set]), "nesterov")
     reduce = _group(summary, "ogbg", "paper: K-FAC-reduce")
     assert (reduce.steps.mean, reduce.steps.stderr) == (15_566, 429)
     assert reduce.ratio_steps.value == pytest.approx(15_566 / 31_887)
     assert reduce.seconds.mean == pytest.approx(1.23 * 3600)
-    assert not any(group.paper for group in summary.of("librispeech_conformer"))
+    assert not any(group.published for group in summary.of("librispeech_conformer"))
     (note,) = summary.paper_notes
     assert "kfac_reduce takes 0.471" in note
     assert "the paper's K-FAC-reduce 0.488, inside" in note
-    assert not any(g.paper for g in summarize(load_runs([small_set]), paper=False).groups)
+    assert not any(g.published for g in summarize(load_runs([small_set]), paper=False).groups)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +217,7 @@ def test_paper_rows_read_as_the_paper(tmp_path, workload, row, steps, share, hou
     trial = study_folder(tmp_path, "kfac_expand", 0, workload)
     write_trial(trial, workload, rows_to(workload, 9000))
     groups = summarize(load_runs([tmp_path])).of(workload)
-    assert next(group.method for group in groups if group.paper).startswith("paper: reference")
+    assert next(group.method for group in groups if group.published).startswith("paper: reference")
     (cells,) = [cells for cells in method_rows(groups) if cells[0] == f"paper: {row}"]
     assert cells[2:6] == [steps, share, hours, of_hours]
 
@@ -244,10 +256,10 @@ def test_steps_to_one_target_are_never_divided_by_steps_to_another(tmp_path):
     )
     assert {g.method for g in summary.of(high)} == {"both", "mine"}
     assert all(g.ratio_steps is None and g.ratio_seconds is None for g in summary.of(high))
-    papers = [g.method for g in summary.of(low) if g.paper]
+    papers = [g.method for g in summary.of(low) if g.published]
     assert len(papers) == 3
-    assert not any(g.paper for g in summary.of(high))
-    assert [g.method for g in summary.of(low) if not g.paper] == ["ref", "both"]
+    assert not any(g.published for g in summary.of(high))
+    assert [g.method for g in summary.of(low) if not g.published] == ["ref", "both"]
     assert any("targets differ" in warning for warning in summary.warnings)
     profile = performance_profile(summary, ["ogbg"])
     assert profile.workloads == (high, low)
@@ -270,7 +282,7 @@ def test_paper_rows_are_not_for_another_target(tmp_path):
             trial = study_folder(tmp_path, method, study, "ogbg")
             write_trial(trial, "ogbg", rows_to("ogbg", 9000), meta=meta)
     summary = summarize(load_runs([tmp_path]), "ref")
-    assert any("the paper's rows are for another target" in warning for warning in summary.warnings)
+    assert any("published rows are for another target" in warning for warning in summary.warnings)
     assert summary.paper_notes == ()
 
 

@@ -7,14 +7,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
-from torch import nn
 
-NOT_SEEN = (
-    "the model is compiled, so its operations cannot be seen: call the uncompiled module inside "
-    "record() (`model._orig_mod` of torch.compile's result), or use PyTorch 2.6 or newer"
-)
 INSIDE = (
     "record() is inside a function that torch.compile compiles: compile the model, or what comes "
     "before and after record(), in place of the whole step"
@@ -22,15 +18,7 @@ INSIDE = (
 
 
 class CompiledModelError(RuntimeError):
-    """What is to be recorded is compiled: its operations cannot be seen."""
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether a module was compiled: in place, in parts, or wrapped by the caller."""
-    return any(
-        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
-        for module in model.modules()
-    )
+    """The step that records is compiled as a whole: its operations cannot be seen."""
 
 
 _lock = threading.Lock()
@@ -39,13 +27,13 @@ _stances: list[Any] = []  # one for each recording that is going on, in any thre
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Inside, compiled modules run as they were before, where this PyTorch can (since 2.6).
+    """Inside, compiled modules and functions run as they were before.
 
     Raises:
         CompiledModelError: a function that is compiled itself has called this.
     """
-    if not hasattr(torch.compiler, "set_stance") or "torch._dynamo" not in sys.modules:
-        yield  # nothing can be done, or nothing is compiled
+    if "torch._dynamo" not in sys.modules:
+        yield  # nothing is compiled
         return
     with _lock:  # the stance is the whole process's
         _stances.append(_force_eager() if not _stances else None)
@@ -72,7 +60,11 @@ def _force_eager() -> Any:
 
 
 def _stance() -> Any:
-    return torch.compiler.set_stance("force_eager")
+    if hasattr(torch.compiler, "set_stance"):
+        return torch.compiler.set_stance("force_eager")
+    # PyTorch 2.5: a compiled function first asks for its frames to be compiled; nobody hears it.
+    frames = sys.modules["torch._dynamo.eval_frame"]
+    return mock.patch.object(frames, "_maybe_set_eval_frame", return_value=None)
 
 
 def _undo(stance: Any) -> None:

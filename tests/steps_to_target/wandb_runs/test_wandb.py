@@ -149,7 +149,7 @@ def test_push_offline_is_idempotent_and_reads_back(wandb_offline, tmp_path):
     for method, step in (("nesterov", 16_000), ("kfac", 8_000)):
         write_trial(study_folder(root, method, 0, "ogbg"), "ogbg", rows_to("ogbg", step))
     runs = load_runs([root])
-    summary = summarize(runs, "nesterov")
+    summary = summarize(runs, "nesterov", paper=False)
     first = push(runs, summary, "project", folder=wandb_offline)
     assert (first.written, first.unchanged, first.offline) == (2, 0, True)
     assert "wandb sync" in str(first)
@@ -172,10 +172,45 @@ def test_push_offline_is_idempotent_and_reads_back(wandb_offline, tmp_path):
     # A run that went on is pushed again and takes the place of its older state.
     write_trial(study_folder(root, "kfac", 0, "ogbg"), "ogbg", rows_to("ogbg", 9_000))
     runs = load_runs([root])
-    changed = push(runs, summarize(runs, "nesterov"), "project", folder=wandb_offline)
+    summary = summarize(runs, "nesterov", paper=False)
+    changed = push(runs, summary, "project", folder=wandb_offline)
     assert (changed.written, changed.unchanged) == (1, 1)
     assert len(_folders(wandb_offline)) == 2
     assert [r.crossing for r in load_runs([wandb_offline])] == [r.crossing for r in runs]
+
+
+def test_published_rows_are_pushed_beside_the_runs_and_not_read_as_runs(wandb_offline, tmp_path):
+    push = importlib.import_module("steps_to_target.wandb_runs.push").push_to_wandb
+    root = tmp_path / "runs"
+    write_trial(study_folder(root, "kfac", 0, "ogbg"), "ogbg", rows_to("ogbg", 8_000))
+    runs = load_runs([root])
+    summary = summarize(runs, leaderboard=True)
+    published = [group for group in summary.groups if group.published]
+    assert {"paper: K-FAC-reduce", "CASPR (8 V100)", "muon_torch (4 A100)"} <= {
+        group.method for group in published
+    }
+    first = push(runs, summary, "project", folder=wandb_offline)
+    assert first.written == 1 + len(published)
+    assert push(runs, summary, "project", folder=wandb_offline).written == 0
+    back = load_runs([wandb_offline])
+    assert [run.identity for run in back] == [run.identity for run in runs]
+    item = _Item("x", {}, [], job_type="published")
+    assert read_service("me/project", api=_api(item)) == []
+
+
+def test_the_page_has_every_workload_with_its_target(small_set):
+    pytest.importorskip("wandb_workspaces", reason="wandb-workspaces is not installed")
+    make_page = importlib.import_module("steps_to_target.wandb_runs.page").make_page
+    summary = summarize(load_runs([small_set]), "nesterov", leaderboard=True)
+    page = make_page(summary, "project", "me")
+    headings = [block.text for block in page.blocks if hasattr(block, "text")]
+    assert [text.partition(":")[0] for text in headings] == summary.workloads
+    grids = [block for block in page.blocks if hasattr(block, "panels")]
+    assert [grid.runsets[0].project for grid in grids] == ["project"] * len(headings)
+    assert "ogbg" in grids[summary.workloads.index("ogbg")].runsets[0].filters
+    assert [panel.title for panel in grids[summary.workloads.index("ogbg")].panels] == [
+        "steps to target", "hours to target", *["validation/mean_average_precision"] * 2
+    ]  # fmt: skip
 
 
 def test_disabled_wandb_and_missing_folder_are_said(wandb_offline, monkeypatch, small_set):
