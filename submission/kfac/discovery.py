@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 
 from torch import nn
@@ -18,6 +17,7 @@ from .operations.record import Recording
 from .operations.sharing import Positions, SharingRule, example_dim, is_stated
 from .operations.uses import Call, Use
 from .ranks import collectives
+from .ranks.sharded import check_supported
 
 logger = logging.getLogger(__name__)
 OTHER_DIMENSION = "an operation whose first dimension does not count the examples"
@@ -29,9 +29,9 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel, DataParallel and torch.compile wrappers.
 
     Raises:
-        ValueError: see `check_whole`.
+        ValueError: see `sharded.check_supported`.
     """
-    check_whole(model)
+    check_supported(model)
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             inner = model.module
@@ -46,9 +46,9 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter.
 
     Raises:
-        ValueError: there is none, or one has no shape yet, or is kept in parts on several ranks.
+        ValueError: there is none, or one has no shape yet; or see `sharded.check_supported`.
     """
-    check_whole(model)
+    check_supported(model)
     found = {}
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -60,30 +60,6 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     if not found:
         raise ValueError("the model has no trainable parameter")
     return found
-
-
-def check_whole(model: nn.Module) -> None:
-    """Whether every rank has whole parameters, and runs the module itself.
-
-    Raises:
-        ValueError: it has not, or replicas run in other threads.
-    """
-    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
-    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
-    what = None
-    for name, module in model.named_modules():
-        if isinstance(module, fsdp):
-            what = f"module '{name}' is a FullyShardedDataParallel"
-        elif isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
-            what = f"module '{name}' is a DataParallel, whose replicas run in other threads"
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, dtensor) or isinstance(parameter.data, dtensor):
-            what = what or f"parameter '{name}' is a DTensor (fully_shard or tensor parallelism)"
-    if what is not None:
-        raise ValueError(
-            f"{what}: K-FAC needs whole parameters on every rank. Use DistributedDataParallel; "
-            "inverse_placement='one_rank' shares the memory of the inverses out over the ranks"
-        )
 
 
 def tracked(

@@ -31,6 +31,7 @@ from .fisher.sampling import sampling_seed
 from .fisher.setting import detect_setting
 from .operations.record import Recording
 from .operations.sharing import SharingRule, check_names
+from .ranks.sharded import wholes_seen
 
 
 def kronecker_factors(
@@ -133,7 +134,7 @@ def blocks_and_curvature(
         modules = [name for name, _ in model.named_modules()]
         check_names(sharing, [*parameters, *modules])
         recording = Recording(tracked(parameters, config.exclude))
-        with recording:
+        with wholes_seen(model, recording.see_whole), recording:
             logits = _call(model, inputs)
         if not logits.requires_grad:
             raise RuntimeError(of_step.NO_GRAPH)

@@ -36,6 +36,7 @@ from .operations.compiled import uncompiled
 from .operations.record import Recording
 from .operations.sharing import SharingRule, check_names
 from .ranks import collectives
+from .ranks.sharded import take_parts, whole_gradients
 from .report import ReportRow, format_report, report_rows
 from .seen_model import SeenModel
 from .state import KFACState, Trouble, account, timed
@@ -169,7 +170,7 @@ class Preconditioner:
         check_names(sharing, self._seen.names)
         recording = Recording(self._seen.tracked)
         try:
-            with uncompiled(), recording:
+            with uncompiled(), self._seen.followed_by(recording):
                 yield
         except BaseException:
             recording.release()
@@ -281,9 +282,10 @@ class Preconditioner:
         Raises:
             KFACError: `max_failures` updates in a row had to be dropped.
         """
-        gradients = {name: parameter.grad for name, parameter in self.parameters.items()}
+        gradients = whole_gradients(self.parameters)
         done = self.directions(gradients)
         write([block for block, _ in done], [value for _, value in done], gradients)
+        take_parts(self.parameters, gradients)
 
     @torch.no_grad()
     def directions(self, gradients: Mapping[str, Tensor | None]) -> list[tuple[Block, Tensor]]:

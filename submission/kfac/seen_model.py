@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -27,8 +28,10 @@ from .fisher.collect import Collection
 from .fisher.losses import LossTerms
 from .fisher.setting import detect_setting, warn_of_folded_positions
 from .fisher.step import RecordedPass
+from .operations.record import Recording
 from .ranks import collectives
 from .ranks.placement import owners
+from .ranks.sharded import wholes_seen
 from .state import KFACState
 
 logger = logging.getLogger(__name__)
@@ -92,6 +95,12 @@ class SeenModel:
     def tracked(self) -> dict[str, nn.Parameter]:
         """The parameters whose uses are recorded."""
         return tracked(self.parameters, self._config.exclude)
+
+    @contextmanager
+    def followed_by(self, recording: Recording) -> Iterator[None]:
+        """Inside, a recording sees the model's operations, on the whole of sharded parameters."""
+        with wholes_seen(self._model, recording.see_whole), recording:
+            yield
 
     @property
     def names(self) -> list[str]:

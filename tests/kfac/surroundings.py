@@ -133,6 +133,9 @@ DATA_PARALLEL: dict[str, tuple[dict[str, Any], Step]] = {
 }
 
 
+SHARDS = "FSDP2 (`fully_shard`)"
+
+
 def _rank(rank: int, folder: str, wanted: list[torch.Tensor]) -> None:
     torch.set_default_dtype(torch.float64)
     found: dict[str, str] = {}
@@ -154,8 +157,26 @@ def _rank(rank: int, folder: str, wanted: list[torch.Tensor]) -> None:
                 assert_same([p.detach() for p in plain.parameters()], wanted)
             except AssertionError as error:
                 found[name] = str(error)
+        model = sharding()(net())
+        optimizer = paper(model)
+        for number in range(STEPS):
+            x, y = batch(number)
+            plain_step(model, optimizer, *(t[4 * rank : 4 * rank + 4] for t in (x, y)))
+        try:
+            assert_same([p.detach().full_tensor() for p in model.parameters()], wanted)
+        except AssertionError as error:
+            found[SHARDS] = str(error)
         found["sharded"] = _sharded()
         torch.save(found, f"{folder}/{rank}.pt")
+
+
+def sharding() -> Any:
+    """FSDP2's `fully_shard`."""
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError:  # before torch 2.6
+        from torch.distributed._composable.fsdp import fully_shard
+    return fully_shard
 
 
 def _sharded() -> str:
@@ -164,13 +185,12 @@ def _sharded() -> str:
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-    mesh = init_device_mesh("cpu", (2,))
     lines = {}
-    try:
-        from torch.distributed.fsdp import fully_shard
-    except ImportError:  # before torch 2.6
-        from torch.distributed._composable.fsdp import fully_shard
-    lines["FSDP2"] = refusal(lambda: KFAC(fully_shard(net(), mesh=mesh)), ValueError)
+    both = init_device_mesh("cpu", (1, 2), mesh_dim_names=("shards", "tensor"))
+    mesh = both["tensor"]
+    mixed = parallelize_module(net(), mesh, {"3": ColwiseParallel()})
+    sharding()(mixed, mesh=both["shards"])
+    lines["FSDP2 and tensor parallel"] = refusal(lambda: KFAC(mixed), ValueError)
     for original in (False, True):
         wrapped = FullyShardedDataParallel(
             net(), device_id=torch.device("cpu"), use_orig_params=original
@@ -195,6 +215,7 @@ def _data_parallel(name: str) -> None:
     assert name not in _on_ranks(), _on_ranks()[name]
 
 
+surrounding(SHARDS, "data parallel")(functools.partial(_data_parallel, SHARDS))
 for _name in DATA_PARALLEL:
     surrounding(f"DistributedDataParallel, {_name}", "data parallel")(
         functools.partial(_data_parallel, _name)
@@ -207,7 +228,7 @@ def _said_of(name: str) -> str:
 
 
 for _name, _words in (
-    ("FSDP2", "FSDP2 (`fully_shard`)"),
+    ("FSDP2 and tensor parallel", "FSDP2 over tensor parallelism"),
     ("FSDP1", "FSDP1 (`FullyShardedDataParallel`)"),
     ("tensor parallel", "tensor parallelism (DTensor)"),
 ):
@@ -1004,7 +1025,8 @@ def shared_positions() -> None:
 
 
 REFUSED = {
-    "FSDP2 (`fully_shard`)", "FSDP1 (`FullyShardedDataParallel`)", "tensor parallelism (DTensor)",
+    "FSDP2 over tensor parallelism", "FSDP1 (`FullyShardedDataParallel`)",
+    "tensor parallelism (DTensor)",
     "DataParallel on several devices", "a pipeline stage that does not compute the loss",
     "`record` forgotten", "no loss inside `record`, and none stated",
     "a likelihood that the loss seen contradicts", "classes in another dimension, targets given",

@@ -225,7 +225,8 @@ class Collection:
                     self._add_squares(self._diagonals, gradients(logits, self._own(), alone))
 
     def _own(self) -> list[Any]:
-        return [self._parameters[block.pieces[0].parameter] for block in self._diagonals]
+        names = (block.pieces[0].parameter for block in self._diagonals)
+        return [self._recording.wholes.get(name, self._parameters[name]) for name in names]
 
     def _propagate(
         self, logits: Tensor, which: FisherPass, edges: list[Any], diagonals: list[Block]

@@ -186,7 +186,16 @@ class Tracker:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._tracked = frozenset(parameters)
         self._known: dict[int, tuple[Tensor, Alias]] = {}  # keeps the tensors, and so their ids
+
+    def is_tracked(self, name: str) -> bool:
+        """Whether a parameter is one of those that are followed."""
+        return name in self._tracked
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """A tensor stands for a parameter; the caller keeps it."""
+        self._names[id(tensor)] = name
 
     def alias(self, tensor: Any) -> Alias | None:
         """The piece that a tensor is, or None."""

@@ -49,6 +49,7 @@ class Recording(TorchFunctionMode):
         bias_nodes: nodes of the graph that add a bias to a call's output -> the call's node.
         mixes_examples: whether a BatchNorm used the statistics of the batch.
         is_collected: whether statistics were taken: backward passes from now on need no inputs.
+        wholes: name of a parameter that is in parts -> the whole one that was used.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -58,6 +59,7 @@ class Recording(TorchFunctionMode):
         self.others: dict[str, str] = {}
         self.bias_nodes: dict[Node, Node] = {}
         self.mixes_examples = self.is_collected = False
+        self.wholes: dict[str, Tensor] = {}
         self._tracker = Tracker(parameters)
         # Outputs to which a bias may be added; they are not kept for it.
         self._bare: dict[int, tuple[weakref.ref[Tensor], Call]] = {}
@@ -84,6 +86,12 @@ class Recording(TorchFunctionMode):
         if args and not self._tracker.follow(func, args, kwargs, output):
             self._note_others(func, args, kwargs, output)
         return output
+
+    def see_whole(self, name: str, tensor: Tensor) -> None:
+        """A parameter that is in parts is this tensor, as long as its module runs."""
+        if self._tracker.is_tracked(name):
+            self.wholes[name] = tensor
+            self._tracker.add(name, tensor)
 
     # ---- what handlers use --------------------------------------------------------------------
 
@@ -244,6 +252,7 @@ class Recording(TorchFunctionMode):
         self.calls.clear()
         self.bias_nodes.clear()
         self.losses.clear()
+        self.wholes.clear()
         self._listener = None
 
 

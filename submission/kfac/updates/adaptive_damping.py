@@ -10,16 +10,16 @@ Where the model is trusted (ρ > 3/4) the damping is lowered, where not (ρ < 1/
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..blocks.block import Block, statistics_dtype
+from ..blocks.block import statistics_dtype
 from ..blocks.factors import EigenInverse
 from ..config import SMALLEST_DAMPING
+from ..ranks.sharded import whole, whole_gradients
 from .inverses import settings_of
 
 if TYPE_CHECKING:
@@ -44,11 +44,11 @@ def begin_trial(kfac: Preconditioner) -> Trial:
     Call it after the backward pass and before `precondition`.
     """
     gradients, values = {}, {}
+    all_gradients, all_values = whole_gradients(kfac.parameters), _values(kfac)
     for block in kfac.structure.blocks:
-        gradient = block.read({name: p.grad for name, p in kfac.parameters.items()})
-        if gradient is not None:
-            gradients[block.name] = gradient.clone()
-            values[block.name] = _values(block, kfac.parameters).clone()
+        gradient, value = block.read(all_gradients), block.read(all_values)
+        if gradient is not None and value is not None:
+            gradients[block.name], values[block.name] = gradient.clone(), value.clone()
     return Trial(gradients, values)
 
 
@@ -88,12 +88,11 @@ def _predicted_change(kfac: Preconditioner, trial: Trial) -> float:
     mean eigenvalue of the block. F has the corrected eigenvalues where an inverse has them.
     """
     total = torch.zeros((), dtype=torch.float64)
-    settings = settings_of(kfac.state, kfac.config, 1)
+    settings, all_values = settings_of(kfac.state, kfac.config, 1), _values(kfac)
     for block in kfac.structure.blocks:
-        own = kfac.state.of(block)
-        if block.name not in trial.gradients or own.curvature is None:
+        own, values = kfac.state.of(block), block.read(all_values)
+        if block.name not in trial.gradients or own.curvature is None or values is None:
             continue
-        values = _values(block, kfac.parameters)
         step = (values - trial.values[block.name]).to(statistics_dtype(values))
         change = (trial.gradients[block.name] * step).sum()
         if isinstance(own.inverse, EigenInverse) and own.inverse.corrected is not None:
@@ -106,7 +105,5 @@ def _predicted_change(kfac: Preconditioner, trial: Trial) -> float:
     return float(total)
 
 
-def _values(block: Block, parameters: Mapping[str, nn.Parameter]) -> Tensor:
-    values = block.read({name: p.detach() for name, p in parameters.items()})
-    assert values is not None
-    return values
+def _values(kfac: Preconditioner) -> dict[str, Tensor]:
+    return {name: whole(parameter.detach()) for name, parameter in kfac.parameters.items()}

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from ..blocks.batches import Batch, make_batches
@@ -98,10 +99,13 @@ class Preconditioned(Rule):
         exchanged: dict[str, Tensor] = {}
         for block in self.blocks:
             if block.name in self._owners:
-                gradient = results.get(block.name)
-                gradient = block.read(gradients) if gradient is None else gradient
+                own = results.get(block.name)
+                gradient = block.read(gradients) if own is None else own
                 if gradient is not None:
-                    exchanged[block.name] = gradient.to(statistics_dtype(gradient)).contiguous()
+                    # In memory of its own: it is written into the gradients later.
+                    exchanged[block.name] = torch.empty(
+                        gradient.shape, dtype=statistics_dtype(gradient), device=gradient.device
+                    ).copy_(gradient)
         exchange_gradients(exchanged, self._owners)
         results.update(exchanged)
         return [(block, results[block.name]) for block in self.blocks if block.name in results]
