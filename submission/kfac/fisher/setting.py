@@ -58,7 +58,9 @@ def warn_of_folded_positions(
     # been flattened for the loss, as language models do.
     outputs = logits.shape[likelihood.example_dim(logits)]
     fewest = min([outputs, *(number for number in examples.values() if number > 1)])
-    odd = [name for name, number in examples.items() if number not in (1, fewest)]
+    # As many times as there are positions. Other numbers are of rows that belong to no example,
+    # such as a table of relative positions that is looked up once.
+    odd = [n for n, number in examples.items() if number > fewest and number % fewest == 0]
     if odd:
         logger.warning(
             "K-FAC-reduce: there seem to be %d examples, but layers have another number of "
