@@ -8,33 +8,38 @@ PAGE = """\
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>
 <style>
-:root { color-scheme: light; }
-body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff;
+:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fff; --soft: #444; --line: #ccc;
+        --rule: #555; --head: #f3f3f3; --reference: #eef4fb; --good: #00573f; --bad: #8a2c00; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e6e6; --paper: #1b1d21; --soft: #b0b3b8; --line: #44474d; --rule: #8a8d93;
+          --head: #2a2d33; --reference: #22303f; --good: #7fd6b4; --bad: #f0a27a; }
+  a { color: #8ab4f8; } }
+body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper);
        margin: 1.5rem auto; padding: 0 1.25rem; max-width: 84rem; }
 h1 { font-size: 1.5rem; margin: 0 0 .3rem; }
-h2 { font-size: 1.2rem; margin: 2.2rem 0 .5rem; border-bottom: 2px solid #1a1a1a; }
+h2 { font-size: 1.2rem; margin: 2.2rem 0 .5rem; border-bottom: 2px solid var(--ink); }
+h2, li { overflow-wrap: anywhere; }
 h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
 p { margin: .4rem 0; max-width: 62rem; }
 nav a { margin-right: 1rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .4rem 0; }
-caption { text-align: left; color: #444; padding-bottom: .3rem; }
-th, td { padding: .28rem .7rem; border-bottom: 1px solid #ccc; text-align: left;
+th, td { padding: .28rem .7rem; border-bottom: 1px solid var(--line); text-align: left;
          vertical-align: top; }
-th { border-bottom: 2px solid #555; background: #f3f3f3; }
+th { border-bottom: 2px solid var(--rule); background: var(--head); }
 td.n, th.n { text-align: right; white-space: pre; }
-tr.reference td { background: #eef4fb; }
-tr.published td { color: #444; font-style: italic; }
+tr.reference td { background: var(--reference); }
+tr.published td { color: var(--soft); font-style: italic; }
 .status { white-space: nowrap; font-weight: 600; }
-.reached { color: #00573f; }
-.other { color: #8a2c00; }
+.reached { color: var(--good); }
+.other { color: var(--bad); }
 .evidence { min-width: 16rem; max-width: 40rem; overflow-wrap: anywhere; }
 .warnings li, .notes li { margin: .2rem 0; max-width: 74rem; }
-img { max-width: 100%; height: auto; display: block; margin: .5rem 0; }
+img { max-width: 100%; height: auto; display: block; margin: .5rem 0; background: #fff; }
 details { margin: .15rem 0; }
 summary { cursor: pointer; }
 details table { margin: .3rem 0 .6rem 1.2rem; font-size: .9em; }
-.small { font-size: .9em; color: #444; }
+.small { font-size: .9em; color: var(--soft); overflow-wrap: anywhere; }
 @media print { details > *:not(summary) { display: block; } }
 </style>
 </head>
@@ -57,10 +62,9 @@ validation target; the true crossing lies between it and the evaluation before.<
 {% endif %}
 {% for item in workloads %}
 <h2 id="{{ item.anchor }}">{{ item.title }}</h2>
+<p class="small">Mean and standard error over repetitions that reached the target; ratio of means
+with 95&nbsp;% bootstrap interval; AlgoPerf time: fastest trial of each study, median over studies.</p>
 <div class="scroll"><table>
-<caption>Mean and standard error over repetitions that reached the target; ratio of means with
-95&nbsp;% bootstrap interval; AlgoPerf time: fastest trial of each study, median over studies.
-</caption>
 <thead><tr>{% for name in method_columns %}
 <th{% if loop.index0 in method_numbers %} class="n"{% endif %}>{{ name }}</th>{% endfor %}
 </tr></thead>
@@ -87,9 +91,9 @@ steps and against submission time for each method, with the target and the cross
 {% for run in item.runs %}
 <details><summary>{{ run.method }}, study {{ run.study }}, trial {{ run.trial }}
 <span class="small">{{ run.hardware }}</span></summary>
-{% if run.hparams %}<table><tbody>{% for name, value in run.hparams %}
+{% if run.hparams %}<div class="scroll"><table><tbody>{% for name, value in run.hparams %}
 <tr><td>{{ name }}</td><td>{{ value }}</td></tr>{% endfor %}
-</tbody></table>{% else %}<p class="small">none logged</p>{% endif %}
+</tbody></table></div>{% else %}<p class="small">none logged</p>{% endif %}
 <p class="small">{{ run.path }}</p>
 </details>{% endfor %}
 {% endfor %}
@@ -105,7 +109,7 @@ workloads are compared.{% if profile.absent %} Counted as not reached, because t
 </tr></thead><tbody>{% for row in profile.rows %}
 <tr>{% for cell in row %}<td{% if loop.index0 %} class="n"{% endif %}>{{ cell }}</td>{% endfor %}
 </tr>{% endfor %}</tbody></table></div>
-<img style="max-width: 44rem" src="data:image/png;base64,{{ profile.picture }}"
+<img style="max-width: min(44rem, 100%)" src="data:image/png;base64,{{ profile.picture }}"
 alt="Performance profile: fraction of workloads within a factor of the best method's time">
 {% endif %}
 </body>

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from processes import joined
-from surroundings import sharding
+from surroundings import SHARDS_RUN_ON_CPU, sharding
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -146,6 +146,9 @@ def reloaded(model, optimizer, settings, folder):
     return again, other
 
 
+pytestmark = pytest.mark.skipif(
+    not SHARDS_RUN_ON_CPU, reason="FSDP2 needs CUDA before PyTorch 2.6"
+)
 SLOW = [pytest.param(2, 50, marks=pytest.mark.slow), pytest.param(4, 50, marks=pytest.mark.slow)]
 
 
