@@ -63,7 +63,8 @@ validation target; the true crossing lies between it and the evaluation before.<
 {% for item in workloads %}
 <h2 id="{{ item.anchor }}">{{ item.title }}</h2>
 <p class="small">Mean and standard error over repetitions that reached the target; ratio of means
-with 95&nbsp;% bootstrap interval; AlgoPerf time: fastest trial of each study, median over studies.</p>
+with 95&nbsp;% bootstrap interval; AlgoPerf time: fastest trial of each study, median over
+studies.</p>
 <div class="scroll"><table>
 <thead><tr>{% for name in method_columns %}
 <th{% if loop.index0 in method_numbers %} class="n"{% endif %}>{{ name }}</th>{% endfor %}

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,35 @@ def commands():
                 if any(word == "./run.sh" for word in words[:4]) and not usage:
                     found.setdefault(line, page.name)
     return sorted(found.items())
+
+
+MODULE = re.compile(r"python -m ([a-z_.]+)((?: [^`\n|]*)?)")
+
+
+def modules():
+    """Modules that the pages start by `python -m`, with a word and the flags that they name."""
+    found = {}
+    for page in PAGES:
+        for name, rest in MODULE.findall(page.read_text(encoding="utf-8").replace("\\\n", " ")):
+            words = rest.split(" #")[0].split()
+            command = tuple(word for word in words[:1] if re.fullmatch("[a-z_]+", word))
+            flags = {word.partition("=")[0] for word in words if word.startswith("--")}
+            found.setdefault((name, *command), set()).update(flags)
+    return sorted((start, sorted(flags)) for start, flags in found.items())
+
+
+def test_modules_are_found():
+    assert {"benchmarks", "workloads_overrides.miniature"} <= {start[0] for start, _ in modules()}
+
+
+@pytest.mark.parametrize(("start", "flags"), modules())
+def test_modules_that_pages_name_take_the_flags_that_they_show(start, flags):
+    shown = subprocess.run(
+        [sys.executable, "-m", *start, "--help"], cwd=ROOT, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    assert [flag for flag in flags if flag not in shown.stdout] == []
 
 
 def split(line):

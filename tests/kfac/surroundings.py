@@ -135,7 +135,9 @@ DATA_PARALLEL: dict[str, tuple[dict[str, Any], Step]] = {
 
 
 SHARDS = "FSDP2 (`fully_shard`)"
-SHARDS_RUN_ON_CPU = importlib.util.find_spec("torch.distributed.fsdp._fully_shard") is not None  # 2.6
+SHARDS_RUN_ON_CPU = (  # since PyTorch 2.6
+    importlib.util.find_spec("torch.distributed.fsdp._fully_shard") is not None
+)
 
 
 def _rank(rank: int, folder: str, wanted: list[torch.Tensor]) -> None:
