@@ -1,9 +1,8 @@
-"""docs/optimizers.md and its picture, from the logs of a study, which it packs beside them.
+"""docs/optimizers.md, its tables and picture, from the logs of a study, packed beside them.
 
     python -m experiments.optimizers.page [--folder DIR] [--docs DIR]
 
-The text that judges the figures is experiments/optimizers/findings.md; everything else on the page
-comes from the logs.
+The text that judges the figures is experiments/optimizers/findings.md; all else comes from logs.
 """
 
 from __future__ import annotations
@@ -27,15 +26,25 @@ PICTURE = Path("pictures") / "optimizers.png"
 ARCHIVE = Path("data") / "optimizers.jsonl.gz"  # the logs, see `--continue` of the command
 
 
-def page(tasks: Sequence[TaskLogs], found: Sequence[Log], folder: Path, picture: bool) -> str:
-    """The page as Markdown."""
-    parts = [
-        "# Optimizers: what matters, and against whom\n",
-        FINDINGS.read_text(encoding="utf-8").strip() + "\n",
-    ]
+def page(tasks: Sequence[TaskLogs], folder: Path, picture: bool) -> str:
+    """The page as Markdown: the findings around one table and a picture."""
+    above, below = FINDINGS.read_text(encoding="utf-8").split("<!-- the table -->")
+    parts = [f"# Optimizers: what matters, and against whom\n\n{above.strip()}\n"]
+    parts += [table.to_markdown() for table in report.overview(tasks, folder)]
     if picture:
         parts.append(f"![the metric over steps]({PICTURE.as_posix()})\n")
-    parts.append(how(tasks, found))
+    parts.append(below.strip() + "\n")
+    parts.append(
+        "**To repeat it**: `./run.sh experiments optimizers` writes the logs that these pages are "
+        f"made from, and with `--continue` goes on from those of today (`docs/{ARCHIVE.as_posix()}`"
+        "); `python -m experiments.optimizers.page` makes the pages.\n"
+    )
+    return "\n".join(parts)
+
+
+def tables_page(tasks: Sequence[TaskLogs], found: Sequence[Log], folder: Path) -> str:
+    """All tables as Markdown, and how they came about."""
+    parts = ["# The study of optimizers: all tables\n", how(tasks, found)]
     parts += [f"{table.to_markdown()}" for table in report.tables(tasks, folder)]
     parts.append(f"<sub>{provenance(found)}</sub>\n")
     return "\n".join(parts)
@@ -44,9 +53,7 @@ def page(tasks: Sequence[TaskLogs], found: Sequence[Log], folder: Path, picture:
 def how(tasks: Sequence[TaskLogs], found: Sequence[Log]) -> str:
     """How the figures came about: budgets, seeds, what is missing."""
     lines = [
-        "## How it was measured\n",
-        "This page is made from logs alone; `./run.sh experiments optimizers` writes them, and "
-        f"with `--continue` goes on from those of this page (`docs/{ARCHIVE.as_posix()}`). "
+        "What they say: [optimizers.md](optimizers.md). "
         f"Every method was tuned with {POINTS} points, one run each with seed {TUNING_SEED}; the "
         "point with the best metric then ran with other seeds, and figures are mean ± standard "
         "error over those. All runs of a task have the same length, for each seed the same first "
@@ -107,9 +114,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     tasks = group(found)
     picture = curves(tasks, options.docs / PICTURE)
-    path = options.docs / "optimizers.md"
-    with writing(path) as temporary:
-        temporary.write_text(page(tasks, found, options.folder, picture), encoding="utf-8")
+    for name, text in (
+        ("optimizers_tables.md", tables_page(tasks, found, options.folder)),
+        ("optimizers.md", page(tasks, options.folder, picture)),
+    ):
+        path = options.docs / name
+        with writing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     pack(options.folder, options.docs / ARCHIVE)
     print(path)
     return 0

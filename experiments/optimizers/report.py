@@ -39,6 +39,34 @@ def tables(tasks: Sequence[TaskLogs], folder: Path) -> list[Table]:
     return found
 
 
+def overview(tasks: Sequence[TaskLogs], folder: Path) -> list[Table]:
+    """One table: each method's best metric, and its steps and time per step beside the rival's."""
+    shown = [task for task in tasks if RIVAL in task.seeds]
+    targets = {task.name: target_of(task.seeds[RIVAL]) for task in shown}
+    seconds = {task.name: timing.read(folder, task.task, task.setting) for task in shown}
+    label = METHODS[RIVAL].label
+    rows = []
+    for name in dict.fromkeys(name for task in shown for name in task.seeds):
+        cells = []
+        for task in shown:
+            runs, target = task.seeds.get(name, ()), targets[task.name]
+            own = reached(runs, target) if target is not None else None
+            steps = "-"
+            if own is not None and own.steps and own.all_did and target is not None:
+                steps = _ratio(own.steps, reached(task.seeds[RIVAL], target).steps)
+            best = plus_minus(best_values(runs)) if best_values(runs) else "-"
+            cells += [best, steps, _per_step(seconds[task.name], name, RIVAL)]
+        rows.append((METHODS[name].label, *cells))
+    header = ["method"]
+    for task in shown:
+        header += [f"{task.task}: {task.metric}", "steps", "time per step"]
+    what = (
+        f"best in budget; steps to the level that the worst seed of tuned {label} just reaches, "
+        f"and time per step, as multiples of {label}'s"
+    )
+    return [Table(what, tuple(header), tuple(rows))] if rows else []
+
+
 def title(task: TaskLogs) -> str:
     """Names the task, its data and its budget."""
     s = task.setting

@@ -180,7 +180,8 @@ def test_page_and_tables_from_a_whole_study(
 
     assert page.main(["--folder", str(plan.folder), "--docs", str(tmp_path / "docs")]) == 0
     assert capsys.readouterr().out.strip().endswith("optimizers.md")
-    text = (tmp_path / "docs" / "optimizers.md").read_text()
+    assert "optimizers_tables.md" in (tmp_path / "docs" / "optimizers.md").read_text()
+    text = (tmp_path / "docs" / "optimizers_tables.md").read_text()
     assert "which the worst seed of tuned NAdamW just reaches" in text
     assert "K-FAC-reduce, NAdamW" in text
     assert "one setting of K-FAC-reduce, NAdamW changed at a time" in text
@@ -189,6 +190,15 @@ def test_page_and_tables_from_a_whole_study(
     assert (tmp_path / "docs" / "pictures" / "optimizers.png").stat().st_size > 1000
     with pytest.raises(QuickstartError, match="no logs in"):
         page.main(["--folder", str(tmp_path / "empty"), "--docs", str(tmp_path)])
+
+
+def test_the_overview_has_each_methods_steps_as_multiples_of_soaps(tmp_path: Path) -> None:
+    soap = [log("soap", seed, [0.1, 0.5, 0.9]) for seed in (1, 2)]
+    ours = [log("kfac_reduce_polar", seed, [0.4, 0.9]) for seed in (1, 2)]
+    task = summary.TaskLogs("rings", soap[0].run.setting, "accuracy", True, {},
+                            {"soap": soap, "kfac_reduce_polar": ours}, {}, [])  # fmt: skip
+    (table,) = report.overview([task], tmp_path)
+    assert [row[2] for row in table.rows] == ["1.00 ± 0.00", "0.67 ± 0.00"]
 
 
 def test_targets_steps_and_ratios() -> None:
