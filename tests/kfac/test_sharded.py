@@ -5,6 +5,7 @@ equal eigenvalues differ, against one process.
 """
 
 import io
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from surroundings import SHARDS_RUN_ON_CPU, sharding
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from submission.kfac import KFAC
+from submission.kfac import KFAC, curvature
 
 EXAMPLES = 8
 TWICE = {"factor_update_steps": 2, "inverse_update_steps": 4, "factor_decay": 0.8}
@@ -101,7 +102,7 @@ def check(found, wanted, words, tolerance=1e-10):
         )
 
 
-def rank_of_several(rank, ranks, folder, steps):
+def rank_of_several(rank, ranks, folder, steps, full):
     torch.set_default_dtype(torch.float64)
     of_one = torch.load(f"{folder}/of_one.pt", weights_only=True)
     with joined(rank, ranks, folder):
@@ -126,6 +127,64 @@ def rank_of_several(rank, ranks, folder, steps):
             check(found, whole(plain), f"{name}, {ranks} ranks", rounded)
             if name in OF_ONE:
                 check(found, of_one[name], f"{name}, {ranks} ranks against one")
+        if not full:
+            accumulated(own)
+            in_half_precision(own)
+            without_an_optimizer()
+
+
+def accumulated(own):
+    """Gradients of two passes, sent with the second one, beside DistributedDataParallel's."""
+    results = []
+    for model in (net(shard=True), DistributedDataParallel(net())):
+        optimizer = KFAC(torch.compile(model, backend="eager"), lr=0.01)
+        for number in range(4):
+            tokens, labels = (t[own] for t in batch(number))
+            for is_last, half in ((False, slice(0, 2)), (True, slice(2, 4))):
+                waits = nullcontext() if is_last or not hasattr(model, "no_sync") else None
+                if not hasattr(model, "no_sync"):
+                    model.set_requires_gradient_sync(is_last)
+                with waits or model.no_sync():
+                    with optimizer.record():
+                        logits = model(tokens[half]).flatten(0, 1)
+                        loss = F.cross_entropy(logits, labels[half].flatten()) / 2
+                    loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(whole(model))
+    check(*results, "accumulated")
+
+
+def in_half_precision(own):
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = sharding()(Net().float(), mp_policy=policy)
+    optimizer = KFAC(model, lr=0.01)
+    losses = []
+    for _ in range(10):
+        tokens, labels = (t[own] for t in batch(0))
+        with optimizer.record():
+            loss = F.cross_entropy(model(tokens).flatten(0, 1).float(), labels.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0], losses
+    kept = optimizer.curvature()["blocks.0.1"].gradient_covariance
+    assert kept.dtype == torch.float32
+
+
+def without_an_optimizer():
+    chosen = {"likelihood": "categorical", "kfac_approx": "expand", "fisher_type": "type-2"}
+    found, expected = (curvature(net(shard=s), batch(0)[0], **chosen) for s in (True, False))
+    assert found.keys() == expected.keys()
+    one, other = (c["blocks.1.1"] for c in (found, expected))
+    check(
+        [one.input_covariance, one.gradient_covariance],
+        [other.input_covariance, other.gradient_covariance],
+        "without an optimizer",
+    )
 
 
 def reloaded(model, optimizer, settings, folder):
@@ -146,9 +205,7 @@ def reloaded(model, optimizer, settings, folder):
     return again, other
 
 
-pytestmark = pytest.mark.skipif(
-    not SHARDS_RUN_ON_CPU, reason="FSDP2 needs CUDA before PyTorch 2.6"
-)
+pytestmark = pytest.mark.skipif(not SHARDS_RUN_ON_CPU, reason="FSDP2 needs CUDA before PyTorch 2.6")
 SLOW = [pytest.param(2, 50, marks=pytest.mark.slow), pytest.param(4, 50, marks=pytest.mark.slow)]
 
 
@@ -164,4 +221,4 @@ def test_sharded_parameters_are_trained_as_whole_ones(tmp_path, ranks, steps):
     finally:
         torch.set_default_dtype(torch.float32)
     torch.save(of_one, tmp_path / "of_one.pt")
-    mp.spawn(rank_of_several, (ranks, str(tmp_path), steps), nprocs=ranks)
+    mp.spawn(rank_of_several, (ranks, str(tmp_path), steps, steps == 50), nprocs=ranks)
