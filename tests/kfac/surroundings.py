@@ -188,12 +188,16 @@ def _sharded() -> str:
     """What is said about parameters in parts, a line each."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
 
     lines = {}
     both = init_device_mesh("cpu", (1, 2), mesh_dim_names=("shards", "tensor"))
     mesh = both["tensor"]
-    mixed = parallelize_module(net(), mesh, {"3": ColwiseParallel()})
+    mixed = parallelize_module(net(), mesh, {"3": RowwiseParallel()})
     sharding()(mixed, mesh=both["shards"])
     lines["FSDP2 and tensor parallel"] = refusal(lambda: KFAC(mixed), ValueError)
     for original in (False, True):
