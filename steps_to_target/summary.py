@@ -180,7 +180,7 @@ def _published(beside: Group, row: PaperRow | Entry) -> Group:
         steps = Stat(1, row.steps, row.steps_stderr, math.nan, 1)
         seconds = Stat(1, row.hours * 3600, row.hours_stderr * 3600, math.nan, 1)
         base, hours = paper_reference(beside.workload, row), row.hours
-    with_ratio = base is not None and base is not row
+    other = None if base is row else base  # a reference has no ratio to itself
     return Group(
         workload=beside.workload,
         table=beside.table,
@@ -190,8 +190,8 @@ def _published(beside: Group, row: PaperRow | Entry) -> Group:
         repetitions="as published",
         steps=steps,
         seconds=seconds,
-        ratio_steps=Ratio(row.steps / base.steps, None, None) if base and with_ratio else None,
-        ratio_seconds=Ratio(hours / base.hours, None, None) if base and with_ratio else None,
+        ratio_steps=Ratio(row.steps / other.steps, None, None) if other else None,
+        ratio_seconds=Ratio(hours / other.hours, None, None) if other else None,
         is_reference=base is row,
         published=True,
     )

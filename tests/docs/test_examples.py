@@ -49,7 +49,6 @@ def test_an_operation(monkeypatch):
         return x @ weight.T
 
     monkeypatch.setattr(F, "my_product", my_product, raising=False)
-    monkeypatch.setattr(handlers, "HANDLERS", handlers.HANDLERS)
     names = {"handles": handlers.handles, "LinearUse": LinearUse, "Rows": Rows}
     exec(block("engine.md", "my_product"), names)
     try:

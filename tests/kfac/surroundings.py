@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 import io
 import pickle
 import tempfile
@@ -24,6 +23,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from processes import joined
 from torch import nn
+from torch.distributed import fsdp
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -135,9 +135,7 @@ DATA_PARALLEL: dict[str, tuple[dict[str, Any], Step]] = {
 
 
 SHARDS = "FSDP2 (`fully_shard`)"
-SHARDS_RUN_ON_CPU = (  # since PyTorch 2.6
-    importlib.util.find_spec("torch.distributed.fsdp._fully_shard") is not None
-)
+SHARDS_RUN_ON_CPU = hasattr(fsdp, "fully_shard")  # since PyTorch 2.6
 
 
 def _rank(rank: int, folder: str, wanted: list[torch.Tensor]) -> None:

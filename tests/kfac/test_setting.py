@@ -239,6 +239,8 @@ def test_rows_flattened_after_heads_were_joined_are_positions(heads, caplog):
         ({"a": 3, "b": 3}, 3, None),
         ({"a": 15, "b": 3}, 15, r"3 examples, but .* \(a: 15\)"),
         ({"a": 15, "b": 15}, 3, r"3 examples, but .* \(a, b: 15\)"),
+        ({"a": 4, "table": 289}, 4, None),  # relative positions, looked up once for all examples
+        ({"table": 5, "a": 24, "b": 8}, 8, r"8 examples, but .* \(a: 24\)"),
     ],
 )
 def test_layers_that_take_positions_for_examples_are_named(examples, outputs, message, caplog):

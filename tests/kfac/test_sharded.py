@@ -5,7 +5,7 @@ equal eigenvalues differ, against one process.
 """
 
 import io
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -135,24 +135,36 @@ def rank_of_several(rank, ranks, folder, steps, full):
 
 def accumulated(own):
     """Gradients of two passes, sent with the second one, beside DistributedDataParallel's."""
-    results = []
-    for model in (net(shard=True), DistributedDataParallel(net())):
-        optimizer = KFAC(torch.compile(model, backend="eager"), lr=0.01)
-        for number in range(4):
-            tokens, labels = (t[own] for t in batch(number))
-            for is_last, half in ((False, slice(0, 2)), (True, slice(2, 4))):
-                waits = nullcontext() if is_last or not hasattr(model, "no_sync") else None
-                if not hasattr(model, "no_sync"):
-                    model.set_requires_gradient_sync(is_last)
-                with waits or model.no_sync():
-                    with optimizer.record():
-                        logits = model(tokens[half]).flatten(0, 1)
-                        loss = F.cross_entropy(logits, labels[half].flatten()) / 2
-                    loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        results.append(whole(model))
-    check(*results, "accumulated")
+    parallel, shards = DistributedDataParallel(net()), net(shard=True)
+    check(
+        two_passes_a_step(shards, own, lambda: unsent(shards)),
+        two_passes_a_step(parallel, own, parallel.no_sync),
+        "accumulated",
+    )
+
+
+@contextmanager
+def unsent(model):
+    """As `no_sync` of DistributedDataParallel."""
+    model.set_requires_gradient_sync(False)
+    yield
+    model.set_requires_gradient_sync(True)
+
+
+def two_passes_a_step(model, own, not_sent):
+    compiled = torch.compile(model, backend="eager")
+    optimizer = KFAC(compiled, lr=0.01)
+    for number in range(4):
+        tokens, labels = (t[own] for t in batch(number))
+        for half, sent in ((slice(0, 2), not_sent()), (slice(2, 4), nullcontext())):
+            with sent:
+                with optimizer.record():
+                    logits = compiled(tokens[half]).flatten(0, 1)
+                    loss = F.cross_entropy(logits, labels[half].flatten()) / 2
+                loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return whole(model)
 
 
 def in_half_precision(own):

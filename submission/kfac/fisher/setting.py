@@ -57,16 +57,17 @@ def warn_of_folded_positions(
     # Where a layer's number is 1 its output is broadcast over the examples. The outputs may have
     # been flattened for the loss, as language models do.
     outputs = logits.shape[likelihood.example_dim(logits)]
-    fewest = min([outputs, *(number for number in examples.values() if number > 1)])
-    # As many times as there are positions. Other numbers are of rows that belong to no example,
-    # such as a table of relative positions that is looked up once.
-    odd = [n for n, number in examples.items() if number > fewest and number % fewest == 0]
+    numbers = {outputs, *(number for number in examples.values() if number > 1)}
+    # Folded positions are a multiple of the examples. Other numbers are of rows that belong to no
+    # example, such as a table of relative positions that is looked up once.
+    fewer = {name: [n for n in numbers if n < m and m % n == 0] for name, m in examples.items()}
+    odd = [name for name, found in fewer.items() if found]
     if odd:
         logger.warning(
             "K-FAC-reduce: there seem to be %d examples, but layers have another number of "
             "them (%s: %d): if several rows of a layer belong to one example, say so "
             "(record(sharing=...))",
-            fewest,
+            min(fewer[odd[0]]),
             ", ".join(odd[:5]) + (", ..." if len(odd) > 5 else ""),
             examples[odd[0]],
         )

@@ -88,8 +88,8 @@ def wholes_seen(model: nn.Module, see: Callable[[str, Tensor], None]) -> Iterato
     def look(module: nn.Module, _: Any) -> None:
         for inner in module.modules():
             for key, name in owned.get(inner, ()):
-                parameter = inner._parameters[key]
-                if parameter is not None and not is_sharded(parameter):
+                parameter = getattr(inner, key)
+                if not is_sharded(parameter):
                     see(name, parameter)
 
     # After FSDP2's own hooks, which make the parameters whole.

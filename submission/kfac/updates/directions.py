@@ -103,9 +103,9 @@ class Preconditioned(Rule):
                 gradient = block.read(gradients) if own is None else own
                 if gradient is not None:
                     # In memory of its own: it is written into the gradients later.
-                    exchanged[block.name] = torch.empty(
-                        gradient.shape, dtype=statistics_dtype(gradient), device=gradient.device
-                    ).copy_(gradient)
+                    exchanged[block.name] = gradient.to(
+                        statistics_dtype(gradient), copy=True, memory_format=torch.contiguous_format
+                    )
         exchange_gradients(exchanged, self._owners)
         results.update(exchanged)
         return [(block, results[block.name]) for block in self.blocks if block.name in results]
