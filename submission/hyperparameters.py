@@ -18,7 +18,7 @@ from typing import Any
 from .kfac import KFACConfig
 from .kfac.blocks.diagonal import NORM_ROWS
 from .kfac.blocks.kronecker import BIASES
-from .kfac.config import FALLBACKS, FISHER_TYPES, KFAC_APPROXES, SMALLEST_DAMPING
+from .kfac.config import FALLBACKS, FISHER_TYPES, KFAC_APPROXES, RENEWALS, SMALLEST_DAMPING
 from .kfac.linalg.damping import DAMPING_KINDS
 from .kfac.linalg.kfac import RAGGED_SCALINGS
 from .kfac.linalg.precision import PRECISIONS
@@ -146,6 +146,7 @@ class Hyperparameters:
     factor_decay: float = _tunable(0.0, at_least=0, below=1)
     factor_update_steps: int = _tunable(10, at_least=1)
     inverse_update_steps: int = _tunable(10, at_least=1)
+    renewal: str = _tunable("together", choices=tuple(RENEWALS))
     early_updates: bool = _tunable(True)
     bias: str = _tunable("joint", choices=tuple(BIASES))
     norm_rows: str = _tunable("examples", choices=tuple(NORM_ROWS))
@@ -196,6 +197,11 @@ class Hyperparameters:
         if self.eigenvalue_correction and self.damping_kind != "exact":
             raise HyperparameterError(
                 f"hyperparameter 'damping_kind' is {self.damping_kind!r}; it must be 'exact' with "
+                "'eigenvalue_correction'"
+            )
+        if self.eigenvalue_correction and self.renewal != "together":
+            raise HyperparameterError(
+                f"hyperparameter 'renewal' is {self.renewal!r}; it must be 'together' with "
                 "'eigenvalue_correction'"
             )
         if (

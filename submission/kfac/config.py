@@ -16,6 +16,11 @@ from .updates.directions import RULES, Rule
 KFAC_APPROXES = ("expand", "reduce", "auto")
 FISHER_TYPES = ("mc", "type-2", "empirical")
 FALLBACKS = ("diagonal", "gradient")
+RENEWALS = {
+    "together": "all inverses in one step",
+    "in_turns": "those of some blocks in each step, of about equal cost: no step takes much longer "
+    "than others",
+}
 SMALLEST_DAMPING = 1e-30  # whose reciprocal is a float32
 
 
@@ -42,6 +47,7 @@ class KFACConfig:
         factor_decay: weight of the old factors in the moving average; 0 keeps none.
         factor_update_steps: steps between updates of the factors.
         inverse_update_steps: steps between updates of the inverses; a multiple of the former.
+        renewal: when in an interval inverses are renewed, see RENEWALS.
         early_updates: within the first interval also update at steps 1, 2, 4, 8, ...
         bias: how the bias of a linear map is preconditioned, see `blocks.kronecker.BIASES`;
             "output" needs a damping_kind that damps the factors.
@@ -72,6 +78,7 @@ class KFACConfig:
     factor_decay: float = 0.0
     factor_update_steps: int = 10
     inverse_update_steps: int = 10
+    renewal: str = "together"
     early_updates: bool = True
     bias: str = "joint"
     norm_rows: str = "examples"
@@ -90,6 +97,7 @@ class KFACConfig:
         _check_choice("damping_kind", self.damping_kind, tuple(DAMPING_KINDS))
         _check_choice("ragged_scaling", self.ragged_scaling, tuple(RAGGED_SCALINGS))
         _check_choice("factor_precision", self.factor_precision, tuple(PRECISIONS))
+        _check_choice("renewal", self.renewal, tuple(RENEWALS))
         _check_choice("bias", self.bias, tuple(BIASES))
         _check_choice("norm_rows", self.norm_rows, tuple(NORM_ROWS))
         if self.bias == "output" and self.damping_kind == "exact":
@@ -117,6 +125,10 @@ class KFACConfig:
             raise ValueError(
                 f"eigenvalue_correction needs damping_kind 'exact', not {self.damping_kind!r}: "
                 "only there the eigenvalues are at hand"
+            )
+        if self.eigenvalue_correction and self.renewal == "in_turns":
+            raise ValueError(
+                "eigenvalue_correction needs renewal 'together': all corrections begin anew at once"
             )
         if self.inverse_update_steps % self.factor_update_steps:
             raise ValueError(

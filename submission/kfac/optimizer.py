@@ -30,6 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "factor_decay": 0.9,
     "factor_update_steps": 10,
     "inverse_update_steps": 10,
+    "renewal": "in_turns",
     "direction": "eigenbasis_polar",
     "damping_kind": "exact",
     "betas": (0.9, 0.95),

@@ -137,7 +137,7 @@ class Preconditioner:
 
     @property
     def inverses_due(self) -> bool:
-        """Whether this step renews the inverses."""
+        """Whether this step renews inverses, or begins a round of them (renewal "in_turns")."""
         return self._due(self.config.inverse_update_steps)
 
     def _due(self, interval: int) -> bool:
@@ -334,11 +334,11 @@ class Preconditioner:
         )
         factors_done = time.perf_counter()
         state, config = self._state, self.config
-        renewed = refresh_inverses(state, self._seen, config, self.inverses_due, troubles)
+        moved = refresh_inverses(state, self._seen, config, troubles)
         if total is not None and config.eigenvalue_correction:
             correct_eigenvalues(state, self._seen.observed_blocks, total, config.factor_decay)
-            renewed = True
-        if renewed:
+            moved = True
+        if moved:
             self._rule = None
         state.step += 1
         self._was_recorded = False

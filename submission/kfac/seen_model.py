@@ -30,7 +30,7 @@ from .fisher.setting import detect_setting, warn_of_folded_positions
 from .fisher.step import RecordedPass
 from .operations.record import Recording
 from .ranks import collectives
-from .ranks.placement import owners
+from .ranks.placement import owners, turns_of
 from .ranks.sharded import wholes_seen
 from .state import KFACState
 
@@ -50,6 +50,8 @@ class SeenModel:
         structure: the blocks.
         observed: names of the blocks whose statistics are collected.
         owners: name of a block -> the rank that computes its inverse; empty where every rank does.
+        turns: name of a block -> the step of an interval that renews its inverse; None where one
+            step renews all.
     """
 
     def __init__(self, model: nn.Module, config: KFACConfig, state: KFACState) -> None:
@@ -175,8 +177,12 @@ class SeenModel:
                 del state.blocks[name]
         adam = self._config.rule.is_finished
         self.observed = [b.name for b in self.structure.blocks if b.has_factors or not adam]
+        config = self._config
+        costs = {block.name: block.cost() for block in self.preconditioned}
+        in_turns = config.renewal == "in_turns"
+        self.turns = turns_of(costs, config.inverse_update_steps) if in_turns else None
         costs = {b.name: b.cost() for b in self.structure.blocks if b.has_factors}
-        self.owners = owners(costs, self._config.inverse_placement)
+        self.owners = owners(costs, config.inverse_placement, self.turns)
 
     @property
     def observed_blocks(self) -> list[Block]:

@@ -137,7 +137,9 @@ def resumed(rank):
     found = {}
     for placement in PLACEMENTS:
         model = DistributedDataParallel(Net())
-        settings = {"inverse_placement": placement, "inverse_update_steps": 2}
+        settings = {
+            "inverse_placement": placement, "inverse_update_steps": 2, "renewal": "in_turns",
+        }  # fmt: skip
         kfac = train(model, settings, range(5), rank)
         saved = [kfac.state_dict()] if rank == 0 else [None]
         dist.broadcast_object_list(saved, src=0)
@@ -150,7 +152,7 @@ def resumed(rank):
 
 def test_a_checkpoint_of_rank_0_serves_all_ranks_and_one_process():
     model = Net()
-    settings = {"inverse_update_steps": 2}
+    settings = {"inverse_update_steps": 2, "renewal": "in_turns"}
     train(model, settings, range(8))
     ranks = on_two_ranks(resumed)
     for placement in PLACEMENTS:

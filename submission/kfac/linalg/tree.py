@@ -55,6 +55,28 @@ def form(tree: Any) -> Any:
     return tuple(parts)
 
 
+def write(tree: Any, new: Any) -> bool:
+    """Writes the tensors of another object into those of this one, if it has the same form.
+
+    Returns:
+        Whether it has.
+    """
+    own, others = leaves(tree), leaves(new)
+    same = form(tree) == form(new) and all(
+        (own[path].shape, own[path].dtype) == (other.shape, other.dtype)
+        for path, other in others.items()
+    )
+    if same:
+        for path, other in others.items():
+            own[path].copy_(other)
+    return same
+
+
+def storages(tree: Any) -> set[int]:
+    """The memory that its tensors are in."""
+    return {tensor.untyped_storage().data_ptr() for tensor in leaves(tree).values()} - {0}
+
+
 def to_plain(tree: Any) -> dict[str, Any]:
     """Tensors and plain values only, with the names of the types."""
     plain: dict[str, Any] = {"type": type(tree).__name__}

@@ -21,18 +21,48 @@ PLACEMENTS = {
 }
 
 
-def owners(costs: Mapping[str, float], placement: str) -> dict[str, int]:
+def turns_of(costs: Mapping[str, float], interval: int) -> dict[str, int]:
+    """Name of a block -> the step of an interval in which its inverse is renewed.
+
+    Of about equal cost, and the same for any number of ranks.
+
+    Args:
+        costs: of the inverses of blocks.
+    """
+    return dict(zip(costs, collectives.assign(list(costs.values()), interval), strict=True))
+
+
+def owners(
+    costs: Mapping[str, float], placement: str, turns: Mapping[str, int] | None = None
+) -> dict[str, int]:
     """Name of a block -> the rank that computes its inverse; empty where every rank does.
 
     Args:
         costs: of the inverses of blocks with factors; others are cheap enough to be made
             everywhere.
+        turns: name -> the step of an interval in which it is made; those of one step are shared
+            out over ranks by themselves. None for one step.
     """
     ranks = collectives.world_size()
     if ranks == 1 or placement == "every_rank":
         return {}
-    found = collectives.assign(list(costs.values()), ranks)
-    return dict(zip(costs, found, strict=True))
+    of_turn: dict[int, list[str]] = {}
+    for name in costs:
+        of_turn.setdefault(0 if turns is None else turns[name], []).append(name)
+    found: dict[str, int] = {}
+    loads = [0.0] * ranks  # of all turns so far
+    for names in of_turn.values():
+        own = collectives.assign([costs[name] for name in names], ranks)
+        # Who had most in other turns has least in this one.
+        parts = [sum(costs[n] for n, part in zip(names, own, strict=True) if part == i)
+                 for i in range(ranks)]  # fmt: skip
+        by_load = sorted(range(ranks), key=loads.__getitem__)
+        largest_first = sorted(range(ranks), key=lambda part: -parts[part])
+        rank_of = dict(zip(largest_first, by_load, strict=True))
+        for name, part in zip(names, own, strict=True):
+            found[name] = rank_of[part]
+            loads[rank_of[part]] += costs[name]
+    return {name: found[name] for name in costs}
 
 
 def exchange_inverses(
