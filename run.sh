@@ -14,6 +14,8 @@ MADE="" # environments that this call made
 # Modules are this project's, whatever files the current folder holds.
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PYTHONUNBUFFERED=1
+# Packages are installed without bytecode; the first import writes it, and later ones take a third.
+unset PYTHONDONTWRITEBYTECODE
 
 usage() {
   cat <<'END'
@@ -243,7 +245,7 @@ cmd_test() {
     return
   fi
   run cd -- "$ROOT"
-  start pytest "slurm docs dev" "$@"
+  start pytest "slurm docs dev" -n 2 --dist worksteal "$@" # each test has one thread
 }
 
 cmd_docs() {

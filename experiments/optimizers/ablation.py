@@ -34,6 +34,9 @@ _FACTORS: tuple[Setting, ...] = (
         (f"{k} and {m} steps", {"factor_update_steps": k, "inverse_update_steps": m})
         for k, m in ((1, 1), (1, 10), (10, 10), (10, 50), (50, 50))
     )),
+    ("inverses renewed", (
+        ("together", {"renewal": "together"}), ("in turns", {"renewal": "in_turns"}),
+    )),
     _MOVING_AVERAGE,
     ("ragged scaling", (
         ("inputs and gradients by √R", {"ragged_scaling": "sqrt"}),

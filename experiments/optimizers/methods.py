@@ -1,8 +1,8 @@
 """The optimizers of the study and the points that each is tuned with.
 
 Ours, Nesterov and NAdamW are described by tuning points of the submission. SOAP, Muon and Shampoo
-come unmodified from the package `pytorch_optimizer`; their points are arguments of its classes.
-Every method has eight points. SOAP and Adam in the eigenbasis of K-FAC's factors, which are close
+come unmodified from the package `pytorch_optimizer`, KL-SOAP from `heavyball`; their points are
+arguments of those classes. Every method has eight points. SOAP, KL-SOAP and Adam in the eigenbasis of K-FAC's factors, which are close
 relatives, have the same learning rates.
 
 Fixed for all: a linear warm-up over 5 % of the steps, then a linear decay to zero; no weight decay.
@@ -30,8 +30,8 @@ INTERVAL = 10
 WARMUP_FRACTION = 0.05
 POINTS = 8
 MISSING = (
-    "SOAP, Muon and Shampoo come from the package pytorch_optimizer, which is not there: "
-    "run ./run.sh setup --experiments"
+    "SOAP, Muon, Shampoo and KL-SOAP come from the packages pytorch_optimizer and heavyball, which "
+    "are not there: run ./run.sh experiments optimizers, which installs them"
 )
 
 
@@ -86,6 +86,19 @@ def build_soap(model: nn.Module, task: Task, point: Point, seed: int) -> Stepper
     """SOAP on all parameters."""
     del task, seed
     return Stepper(_package().SOAP(model.parameters(), weight_decay=0.0, **point))
+
+
+def build_kl_soap(model: nn.Module, task: Task, point: Point, seed: int) -> Stepper:
+    """KL-SOAP (Lin et al. 2025) on all parameters, not compiled."""
+    del task, seed
+    try:
+        import heavyball
+        import heavyball.utils
+    except ImportError as error:
+        raise QuickstartError(f"{MISSING} ({error})") from error
+    heavyball.utils.compile_mode = None
+    optimizer = heavyball.KLSOAP(list(model.parameters()), weight_decay=0.0, **point)
+    return Stepper(optimizer)
 
 
 def build_muon(model: nn.Module, task: Task, point: Point, seed: int) -> Stepper:
@@ -198,6 +211,12 @@ METHODS: dict[str, Method] = {
             _grid({"precondition_frequency": INTERVAL},
                   ("lr", [3e-3, 1e-2, 2e-2, 4e-2]), ("betas", [[0.9, 0.99], [0.95, 0.95]])),
             build_soap,
+        ),
+        Method(
+            "kl_soap", "KL-SOAP", "heavyball",
+            _grid({"precondition_frequency": INTERVAL},
+                  ("lr", [3e-3, 1e-2, 2e-2, 4e-2]), ("betas", [[0.9, 0.99], [0.95, 0.95]])),
+            build_kl_soap,
         ),
         Method(
             "muon", "Muon", "pytorch_optimizer",
