@@ -2,8 +2,8 @@
 
 Ours, Nesterov and NAdamW are described by tuning points of the submission. SOAP, Muon and Shampoo
 come unmodified from the package `pytorch_optimizer`, KL-SOAP from `heavyball`; their points are
-arguments of those classes. Every method has eight points. SOAP, KL-SOAP and Adam in the eigenbasis of K-FAC's factors, which are close
-relatives, have the same learning rates.
+arguments of those classes. Every method has eight points. SOAP, KL-SOAP and Adam in the eigenbasis
+of K-FAC's factors, which are close relatives, have the same learning rates.
 
 Fixed for all: a linear warm-up over 5 % of the steps, then a linear decay to zero; no weight decay.
 Whatever is renewed at intervals (factors, inverses, bases, roots) is renewed every 10 steps.
