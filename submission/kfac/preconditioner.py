@@ -32,7 +32,6 @@ from .fisher.likelihoods import Likelihood, as_likelihood
 from .fisher.losses import LossTerms, check_class_dim, check_statement, terms_of
 from .fisher.step import RecordedPass, StepStatistics
 from .linalg.precision import own_products
-from .operations.compiled import uncompiled
 from .operations.record import Recording
 from .operations.sharing import SharingRule, check_names
 from .ranks import collectives
@@ -170,7 +169,8 @@ class Preconditioner:
         check_names(sharing, self._seen.names)
         recording = Recording(self._seen.tracked)
         try:
-            with uncompiled(), self._seen.followed_by(recording):
+            may_sum = sharing is None and self._statistics.comes_with_loss
+            with self._seen.followed_by(recording, may_sum=may_sum):
                 yield
         except BaseException:
             recording.release()

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blocks.block import Block, Collecting, Sums
+from .blocks.block import Block, Collecting, Sums, statistics_dtype
+from .blocks.kronecker import KroneckerBlock
 from .blocks.structure import Structure, check_excluded
 from .config import KFACConfig
 from .discovery import (
@@ -28,7 +29,10 @@ from .fisher.collect import Collection
 from .fisher.losses import LossTerms
 from .fisher.setting import detect_setting, warn_of_folded_positions
 from .fisher.step import RecordedPass
+from .operations.compiled import CompiledModules, modules_run_by, uncompiled
 from .operations.record import Recording
+from .operations.traced import RefusalError
+from .operations.uses import LinearUse, Use
 from .ranks import collectives
 from .ranks.placement import owners, turns_of
 from .ranks.sharded import wholes_seen
@@ -62,6 +66,15 @@ class SeenModel:
         self._noted: set[str] = set()  # parameters whose other uses were looked at
         self._found: tuple[dict[Any, None], dict[str, str]] = ({}, {})  # by this rank alone
         self._restructure()
+        self._compiled = CompiledModules(self._is_summed, self._dtype_of)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: without compiled functions."""
+        return {**self.__dict__, "_compiled": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._compiled = CompiledModules(self._is_summed, self._dtype_of)
 
     # ---- parameters ---------------------------------------------------------------------------
 
@@ -99,10 +112,46 @@ class SeenModel:
         return tracked(self.parameters, self._config.exclude)
 
     @contextmanager
-    def followed_by(self, recording: Recording) -> Iterator[None]:
-        """Inside, a recording sees the model's operations, on the whole of sharded parameters."""
-        with wholes_seen(self._model, recording.see_whole), recording:
+    def followed_by(self, recording: Recording, *, may_sum: bool) -> Iterator[None]:
+        """Inside, a recording sees the model's operations, on the whole of sharded parameters.
+
+        Args:
+            may_sum: whether compiled modules may give sums over positions in place of rows.
+        """
+        compiled = self._compiled
+        compiled.recording, compiled.may_compile = recording, may_sum
+        compiled.structure_key = id(self.structure)
+        with (
+            uncompiled(),
+            modules_run_by(compiled.run if self._gives_sums else None),
+            wholes_seen(self._model, recording.see_whole),
+            recording,
+        ):
             yield
+        compiled.recording = None
+
+    @property
+    def _gives_sums(self) -> bool:
+        """Whether what is collected are sums over the positions of each example."""
+        config = self._config
+        return (
+            config.fisher_type == "empirical"
+            and self._state.approx == "reduce"
+            and not config.eigenvalue_correction
+            and self._state.examples_share == 1
+        )
+
+    def _is_summed(self, use: Use) -> bool:
+        role = self.structure.roles.get(use)
+        if role is None or role.block not in self.observed:
+            return False
+        block = self.structure.by_name[role.block]
+        if not isinstance(block, KroneckerBlock) or block.approx != "reduce":
+            raise RefusalError(f"the statistics of '{block.name}' are no sums over positions")
+        return True
+
+    def _dtype_of(self, use: LinearUse) -> torch.dtype:
+        return statistics_dtype(self.parameters[use.matrix.piece.parameter])
 
     @property
     def names(self) -> list[str]:

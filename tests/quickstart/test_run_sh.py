@@ -96,7 +96,10 @@ def test_the_container_installs_nothing(project: Path) -> None:
         ([], "{env}{venv}/bin/python -m quickstart"),
         (["--fresh"], "{env}{venv}/bin/python -m quickstart --fresh"),
         (["quickstart", "--jobs", "1"], "{env}{venv}/bin/python -m quickstart --jobs 1"),
-        (["test", "-m", "slow"], "cd -- {project} \n{env}{venv}/bin/python -m pytest -m slow"),
+        (
+            ["test", "-m", "slow"],
+            "cd -- {project} \n{env}{venv}/bin/python -m pytest -n 2 --dist worksteal -m slow",
+        ),
         (["compare", "a b"], "{env}{venv}/bin/python -m steps_to_target a\\ b"),
         (["slurm", "--", "--x"], "{env}{venv}/bin/python -m workloads_overrides.slurm -- --x"),
         (["experiments", "x"], "{env}{venv}/bin/python -m experiments x"),

@@ -175,7 +175,7 @@ class Likelihood(ABC):
 
     @staticmethod
     def _weighted(vector: Tensor, weight: Tensor | None) -> Tensor:
-        if weight is None:
+        if weight is None or (weight.device.type == "cpu" and bool((weight == 1).all())):
             return vector
         return torch.where(weight == 0, 0, vector * weight)  # NaN stays, and is found
 
@@ -273,17 +273,18 @@ class Categorical(Likelihood):
             )
 
     def _at_targets(self, logits: Tensor, targets: Tensor) -> Tensor:
-        dim = self._dim(logits)
+        dim, smoothing = self._dim(logits), self.label_smoothing
+        classes = logits.shape[dim]
         if targets.shape == logits.shape:
-            q = targets.to(logits.dtype)
-        else:
-            labels = targets.long()
-            known = (labels >= 0) & (labels < logits.shape[dim])  # others may stand under a mask
-            ones = torch.where(known, 1.0, torch.nan).to(logits.dtype).unsqueeze(dim)
-            labels = torch.where(known, labels, 0).unsqueeze(dim)
-            q = torch.zeros_like(logits).scatter_(dim, labels, ones)
-        q = (1 - self.label_smoothing) * q + self.label_smoothing / logits.shape[dim]
-        return logits.softmax(dim) * q.sum(dim, keepdim=True) - q
+            q = (1 - smoothing) * targets.to(logits.dtype) + smoothing / classes
+            return logits.softmax(dim) * q.sum(dim, keepdim=True) - q
+        labels = targets.long()
+        known = (labels >= 0) & (labels < classes)  # others may stand under a mask
+        less = torch.where(known, smoothing - 1, torch.nan).to(logits.dtype).unsqueeze(dim)
+        p = logits.softmax(dim)  # in place from here: passes over it are what this costs
+        if smoothing:
+            p.sub_(smoothing / classes)
+        return p.scatter_add_(dim, torch.where(known, labels, 0).unsqueeze(dim), less)
 
     def _hessian_root(self, logits: Tensor) -> Iterator[Tensor]:
         # diag(p) - p pᵀ = Σ_c s_c s_cᵀ with s_c = √p_c (e_c - p).

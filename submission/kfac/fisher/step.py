@@ -243,6 +243,11 @@ class StepStatistics:
         """Whether there are statistics of this step yet."""
         return self._accumulated is not None
 
+    @property
+    def comes_with_loss(self) -> bool:
+        """Whether the statistics of the last pass came with the loss's own backward pass."""
+        return self._is_multiple
+
     def begin(self, recorded: RecordedPass, collection: Collection, step: int, seen: bool) -> None:
         """Begins with the statistics of a recorded pass."""
         if self._generator is None:

@@ -10,7 +10,7 @@ on the outputs of the calls.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
 from .functions import (  # noqa: F401 - they register their handlers
     attention,
@@ -92,6 +92,33 @@ class Recording(TorchFunctionMode):
         if self._tracker.is_tracked(name):
             self.wholes[name] = tensor
             self._tracker.add(name, tensor)
+
+    # ---- for compiled modules -----------------------------------------------------------------
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, no operations are seen."""
+        with _pop_mode_temporarily():
+            yield
+
+    @contextmanager
+    def resumed(self) -> Iterator[None]:
+        """Inside `paused`, operations are seen again."""
+        super().__enter__()  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def seen(self) -> tuple[int, ...]:
+        """How much was seen so far, beside calls: losses, log-probabilities and other uses."""
+        return len(self.losses), len(self._log_probabilities), len(self.others)
+
+    def forget_from(self, number: int) -> None:
+        """Forgets all calls but the first ones."""
+        for call in self.calls[number:]:
+            call.release()
+        del self.calls[number:]
 
     # ---- what handlers use --------------------------------------------------------------------
 
@@ -246,10 +273,7 @@ class Recording(TorchFunctionMode):
 
     def release(self) -> None:
         """Lets go of the graph and of all tensors."""
-        for call in self.calls:
-            if call.handle is not None:
-                call.handle.remove()
-        self.calls.clear()
+        self.forget_from(0)
         self.bias_nodes.clear()
         self.losses.clear()
         self.wholes.clear()

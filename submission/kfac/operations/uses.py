@@ -81,6 +81,13 @@ class Call:
     position: int | None = None
     handle: RemovableHandle | None = None
 
+    def release(self) -> None:
+        """Lets go of the graph and of the input."""
+        if self.handle is not None:
+            self.handle.remove()
+        self.inputs = self.edge = self.handle = None
+        self.below = ()
+
 
 @dataclass(eq=False)
 class SeenLoss:

@@ -13,16 +13,28 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ... import tuning
 from ..moments import add_outer_products
+
+
+def _table(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Made once for all calls; of real numbers, also while a compiler traces."""
+
+    @functools.lru_cache(maxsize=512)
+    def made(*arguments: Any) -> Tensor:
+        with _disable_current_modes():
+            return function(*arguments)
+
+    return functools.wraps(function)(made)
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,7 @@ class DimensionGeometry:
         return not self.transposed and self.stride == 1
 
 
-@functools.lru_cache(maxsize=512)
+@_table
 def source_table(geometry: DimensionGeometry, size: int) -> Tensor:
     """Input index read at kernel offset k by output o: int64 [kernel, outputs], -1 for nothing."""
     g = geometry
@@ -65,7 +77,7 @@ def source_table(geometry: DimensionGeometry, size: int) -> Tensor:
     return index[position]
 
 
-@functools.lru_cache(maxsize=512)
+@_table
 def read_counts(geometry: DimensionGeometry, size: int) -> Tensor:
     """How often kernel offset k reads input h over all outputs: float64 [kernel, size]."""
     source = source_table(geometry, size)
@@ -75,7 +87,7 @@ def read_counts(geometry: DimensionGeometry, size: int) -> Tensor:
     return counts[:, :size]
 
 
-@functools.lru_cache(maxsize=512)
+@_table
 def joint_read_counts(geometry: tuple[DimensionGeometry, ...], sizes: tuple[int, ...]) -> Tensor:
     """How often each kernel offset reads each input, over all dimensions: float64, [Πk, Πsizes]."""
     counts = [read_counts(g, size) for g, size in zip(geometry, sizes, strict=True)]
