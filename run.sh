@@ -29,6 +29,7 @@ usage: ./run.sh [--dry-run] [COMMAND] [ARGUMENTS]
   compare       compare runs: steps-to-target and time-to-target
   experiments   tables and figures of the paper
   benchmarks    speed and memory
+  gpu-check     all that can only be known on a GPU: tests and figures
   memory        what K-FAC's factors need of a V100 or an A100, for every AlgoPerf workload
   docs          build the documentation's pages into site/
   docker        build the image, or run a command in it
@@ -220,6 +221,7 @@ for_wandb() { [[ "$*" != *wandb* ]] || echo wandb; }
 cmd_quickstart() { start quickstart "$(for_wandb "$@")" "$@"; }
 cmd_compare() { start steps_to_target "$(for_wandb "$@")" "$@"; }
 cmd_benchmarks() { start benchmarks experiments "$@"; } # which have the peers
+cmd_gpu-check() { start benchmarks "experiments dev" gpu-check "$@"; }
 cmd_memory() { start workloads_overrides.factor_memory "" "$@"; }
 
 cmd_slurm() {
@@ -338,7 +340,7 @@ COMMAND="${1:-quickstart}"
 case "$COMMAND" in
   --help | -h | help) usage && exit ;;
   --*) COMMAND=quickstart ;;
-  quickstart | test | setup | algoperf | slurm | compare | experiments | benchmarks | memory | docs | docker | package) shift || true ;;
+  quickstart | test | setup | algoperf | slurm | compare | experiments | benchmarks | gpu-check | memory | docs | docker | package) shift || true ;;
   *) die "no command '$COMMAND'; ./run.sh --help lists them" ;;
 esac
 if [[ "${1:-}" == --dry-run ]]; then DRY_RUN=true && shift; fi

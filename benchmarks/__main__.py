@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import amortised, coverage, memory, phases, step, sweep
+from benchmarks import amortised, coverage, every_step, gpu_check, memory, phases, step, sweep
 from benchmarks.architectures import ARCHITECTURES
 from benchmarks.methods import APPROXES, FISHERS
 from benchmarks.models import SIZES
@@ -20,6 +20,7 @@ from benchmarks.rows import METHODS, Row, choose_rows
 from quickstart.allocator import keep_freed_memory
 
 MODELS = ("wrn", "vit", "gpt")
+GPU_PARTS = tuple(part.name for part in gpu_check.PARTS)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,10 +34,21 @@ def _parser() -> argparse.ArgumentParser:
         ("memory", "peak memory of one step above the loaded model, each in its own process"),
         ("sweep", "time and memory over batch sizes, with the slope in log-log"),
         ("amortised", "a training step on average when updates are 10 or 50 steps apart"),
+        ("every-step", "statistics in every step, compiled, and the longest step to the median"),
         ("profile", "phases of our own step"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         _common(command, name)
+    text = "all that can only be known on a GPU: tests and figures, in parts that can be resumed"
+    checked = commands.add_parser("gpu-check", help=text, description=text)
+    checked.add_argument("--parts", nargs="+", metavar="PART", default=list(GPU_PARTS),
+        choices=GPU_PARTS, help=f"of {', '.join(GPU_PARTS)} (default: all)")  # fmt: skip
+    checked.add_argument("--quick", action="store_true", help="tiny sizes: whether all of it runs")
+    checked.add_argument("--again", action="store_true", help="also what is done already")
+    checked.add_argument("--seconds", type=float, default=gpu_check.SECONDS,
+        help="that a part may take (default: %(default)s)")  # fmt: skip
+    checked.add_argument("--device", default="cuda", help="cuda (default), or cpu to try it out")
+    checked.add_argument("--folder", type=Path, default=Path("runs/gpu_check"))
     text = "which share of public architectures' parameters gets Kronecker factors"
     covered = commands.add_parser("coverage", help=text, description=text)
     covered.add_argument("names", nargs="*", metavar="NAME", help=", ".join(ARCHITECTURES))
@@ -54,15 +66,24 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _common(command: argparse.ArgumentParser, name: str) -> None:
-    models = {"amortised": amortised.MODELS, "profile": (*MODELS, "graph"), "sweep": ("wrn", "vit")}
+    models = {
+        "amortised": amortised.MODELS,
+        "every-step": every_step.MODELS,
+        "profile": (*MODELS, "graph"),
+        "sweep": ("wrn", "vit"),
+    }
     allowed = models.get(name, MODELS)
     default = list(allowed[:1]) if name == "sweep" else list(allowed)
     command.add_argument("--models", nargs="+", choices=allowed, default=default)
-    if name != "profile" and name != "amortised":
+    if name not in ("profile", "amortised", "every-step"):
         command.add_argument("--methods", nargs="+", choices=METHODS, default=_methods(name))
-    command.add_argument("--approx", nargs="+", choices=APPROXES, default=list(APPROXES))
-    if name in ("step", "memory", "amortised"):
-        default_fishers = ["mc"] if name == "memory" else list(FISHERS)
+    if name != "every-step":
+        command.add_argument("--approx", nargs="+", choices=APPROXES, default=list(APPROXES))
+    else:
+        command.add_argument("--eager", action="store_true", help="compile nothing")
+    if name in ("step", "memory", "amortised", "every-step"):
+        only = {"memory": ["mc"], "every-step": ["empirical"]}
+        default_fishers = only.get(name, list(FISHERS))
         command.add_argument("--fisher", nargs="+", choices=FISHERS, default=default_fishers)
     if name == "amortised":
         text = "steps between updates (default: 10 for graph, 50 for vit)"
@@ -143,6 +164,20 @@ def _run_amortised(options: Any, device: torch.device, console: Console) -> list
     return results
 
 
+def _run_every_step(options: Any, device: torch.device, console: Console) -> list[dict[str, Any]]:
+    results = []
+    for model in options.models:
+        for batch_size in options.batch_sizes or [every_step.BATCH_SIZES[model]]:
+            result = every_step.measure_every_step(
+                model, batch_size, options.fisher, options.repeats, device, console, options.size,
+                compiled=not options.eager,
+            )  # fmt: skip
+            console.print(every_step.every_step_table(result))
+            results.append(result)
+    save_figure(options.output, "every-step", every_step.every_step_figure(results))
+    return results
+
+
 def _run_profile(options: Any, device: torch.device, console: Console) -> list[dict[str, Any]]:
     results = []
     for model in options.models:
@@ -184,6 +219,7 @@ _COMMANDS = {
     "memory": _run_memory,
     "sweep": _run_sweep,
     "amortised": _run_amortised,
+    "every-step": _run_every_step,
     "profile": _run_profile,
 }
 
@@ -197,6 +233,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         print("error: --device cuda, but torch finds no GPU: use --device cpu", file=sys.stderr)
         return 2
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=100)
+    if options.command == "gpu-check":
+        return gpu_check.check(
+            options.folder, device, console, names=options.parts, quick=options.quick,
+            again=options.again, seconds=options.seconds,
+        )  # fmt: skip
     torch.set_num_threads(options.threads)
     if options.command not in ("probe", "memory"):
         keep_freed_memory()
@@ -204,9 +248,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         row = Row.parse(options.row)
         memory.print_probe(row, options.model, options.batch_size, device, options.size)
         return 0
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=100)
     results = _COMMANDS[options.command](options, device, console)
     saved = {"environment": environment(device), "results": results}
     path = save_json(options.output, options.command, saved)

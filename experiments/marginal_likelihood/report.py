@@ -105,6 +105,8 @@ def draw(result: dict[str, Any], path: Path) -> bool:
     for axis, augment in zip(axes[0], (False, True), strict=True):
         for shift, approx in ((-0.2, "expand"), (0.2, "reduce")):
             runs = _select(result, approx, augment)
+            if not runs:  # another choice of methods
+                continue
             layers = list(runs[0]["weight_decay"])
             means = [mean_and_error([r["weight_decay"][k] for r in runs])[0] for k in layers]
             places = np.arange(len(layers)) + shift

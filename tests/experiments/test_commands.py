@@ -18,7 +18,7 @@ def test_list_names_every_experiment(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize("experiment", registry.EXPERIMENTS, ids=lambda e: e.name)
 def test_every_module_offers_what_the_registry_asks(experiment: registry.Experiment) -> None:
     if experiment.extra:
-        pytest.importorskip("laplace", reason="needs ./run.sh setup --experiments")
+        pytest.importorskip("laplace", reason="`./run.sh experiments` installs it")
     module = experiment.load()
     assert module.PAPER.strip()
     assert all(isinstance(flag, str) for flag in module.SMALL)

@@ -1,0 +1,170 @@
+"""`every-step`: what factors in every step cost, with K-FAC-reduce and the shipped settings.
+
+Two questions, each of one network, in turns with the same network without K-FAC: what do the
+statistics of true labels cost, compiled where AlgoPerf compiles; and how much longer than the
+median is the longest step, where inverses are renewed every 10 steps, in turns or together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.methods import LEARNING_RATE
+from benchmarks.models import TITLES, Case, make_case
+from benchmarks.report import make_table, progress_bar, ratio_text
+from benchmarks.timing import Spread, Step, measure, race
+from submission.kfac import KFAC
+
+MODELS = ("vit", "gpt", "graph")
+BATCH_SIZES = {"vit": 32, "gpt": 8, "graph": 512}
+BACKENDS = {"vit": "inductor", "gpt": "inductor", "graph": None}  # AlgoPerf runs graphs eagerly
+RENEWALS = ("in_turns", "together")
+PLAIN = "without"
+INTERVAL = 10
+
+
+def _case(model: str, batch_size: int, device: torch.device, size: str, compiled: bool) -> Case:
+    case = make_case(model, batch_size, device, size)
+    backend = BACKENDS[model] if compiled else None
+    if backend is None:
+        return case
+    return replace(case, model=torch.compile(case.model, backend=backend))  # type: ignore[arg-type]
+
+
+def _plain_step(case: Case) -> Step:
+    def step() -> None:
+        case.model.zero_grad(set_to_none=True)
+        torch.autograd.backward(case.loss(case.model(case.inputs)))
+
+    return step
+
+
+def _kfac(case: Case, renewal: str, **settings: Any) -> KFAC:
+    return KFAC(
+        case.model, LEARNING_RATE, factor_update_steps=1, inverse_update_steps=INTERVAL,
+        renewal=renewal, early_updates=False, **settings,
+    )  # fmt: skip
+
+
+def _pass(case: Case, kfac: KFAC) -> None:
+    case.model.zero_grad(set_to_none=True)
+    with kfac.record(case.sharing()):
+        logits = case.model(case.inputs)
+    loss = case.loss(logits)
+    kfac.update(logits, case.likelihood, mask=case.weights, targets=case.targets, loss=loss)
+    torch.autograd.backward(loss)
+
+
+def _statistics_step(case: Case, fisher: str) -> Step:
+    """Statistics go into the averages; nothing is inverted, nothing updated."""
+    kfac = _kfac(case, "together", fisher_type=fisher)
+
+    def step() -> None:
+        _pass(case, kfac)
+        kfac.preconditioner.state.inverses_stale = False
+        kfac.preconditioner.refresh()
+        kfac.preconditioner.state.step = 1
+
+    return step
+
+
+def measure_every_step(
+    model: str,
+    batch_size: int,
+    fishers: list[str],
+    repeats: int,
+    device: torch.device,
+    console: Console,
+    size: str = "full",
+    *,
+    compiled: bool = True,
+) -> dict[str, Any]:
+    """Ratios of steps with statistics to those without, and the longest step to the median."""
+    steps: dict[str, Step] = {PLAIN: _plain_step(_case(model, batch_size, device, size, compiled))}
+    for fisher in fishers:
+        case = _case(model, batch_size, device, size, compiled)
+        steps[fisher] = _statistics_step(case, fisher)
+    for step in steps.values():
+        for _ in range(3):  # seen, seen with all blocks known, compiled
+            step()
+    with progress_bar(console, f"{model} {batch_size}", len(steps) * (repeats + 1)) as tick:
+        result = race(steps, repeats, device, tick)
+    if result.failures:
+        raise RuntimeError(f"steps failed: {result.failures}")
+    longest = {renewal: _longest(model, batch_size, renewal, device, size, compiled)
+               for renewal in RENEWALS}  # fmt: skip
+    return {
+        "model": model,
+        "title": TITLES[model],
+        "batch_size": batch_size,
+        "backend": (BACKENDS[model] if compiled else None) or "eager",
+        "ratios": {
+            fisher: {clock: asdict(result.ratio(fisher, PLAIN, clock)) for clock in ("cpu", "wall")}
+            for fisher in fishers
+        },
+        "seconds": {name: asdict(result.seconds(name, "wall")) for name in steps},
+        "longest": longest,
+    }
+
+
+def _longest(
+    model: str, batch_size: int, renewal: str, device: torch.device, size: str, compiled: bool
+) -> dict[str, float]:
+    """Seconds of whole steps after the first interval."""
+    case = _case(model, batch_size, device, size, compiled)
+    kfac = _kfac(case, renewal)
+
+    def step() -> None:
+        _pass(case, kfac)
+        kfac.step()
+
+    for _ in range(INTERVAL):
+        step()
+    seconds = [measure(step, device).wall for _ in range(INTERVAL if size == "full" else 2)]
+    spread = Spread.of(seconds)
+    return {"median": spread.median, "longest": max(seconds), "ratio": max(seconds) / spread.median}
+
+
+def every_step_table(result: dict[str, Any]) -> Table:
+    """One network's table."""
+    plain = result["seconds"][PLAIN]["median"]
+    table = make_table(
+        f"{result['title']}, batch {result['batch_size']}, {result['backend']}",
+        ["statistics of", "wall / step without", "CPU / step without", "s"],
+        f"a step without: {plain:.3f} s (forward and backward pass); medians (quartiles)\n"
+        + "\n".join(
+            f"longest of {INTERVAL} whole steps, inverses {renewal}: {one['longest']:.3f} s, "
+            f"{one['ratio']:.2f} times the median"
+            for renewal, one in result["longest"].items()
+        ),
+    )
+    for fisher, ratios in result["ratios"].items():
+        table.add_row(
+            fisher, ratio_text(Spread(**ratios["wall"])), ratio_text(Spread(**ratios["cpu"])),
+            f"{result['seconds'][fisher]['median']:.3f}",
+        )  # fmt: skip
+    return table
+
+
+def every_step_figure(results: list[dict[str, Any]]) -> Any:
+    """Bars of ratios: statistics, and the longest step."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 1 + 0.8 * len(results)))
+    axes = figure.add_subplot()
+    for place, result in enumerate(results):
+        bars = {f"{result['model']}: statistics ({fisher})": ratios["wall"]["median"]
+                for fisher, ratios in result["ratios"].items()}  # fmt: skip
+        bars |= {f"{result['model']}: longest step, {renewal}": one["ratio"]
+                 for renewal, one in result["longest"].items()}  # fmt: skip
+        axes.barh(list(bars), list(bars.values()), color=f"C{place}")
+    axes.axvline(1, color="k", lw=0.8)
+    axes.invert_yaxis()
+    axes.set_xlabel("times a step without statistics, or the median step")
+    figure.tight_layout()
+    return figure
