@@ -124,7 +124,7 @@ EXPERIMENTS = (
         "not in it",
         "ours against SOAP, Muon, Shampoo, NAdamW and Nesterov on four small real tasks",
         "many hours; minutes with --small",
-        "./run.sh experiments marginal_likelihood installs it; CIFAR-10 with --data-dir",
+        "packages that `./run.sh experiments optimizers` installs; CIFAR-10 with --data-dir",
         extra=True,
         in_all=False,
     ),

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from .blocks.block import Block, Collecting, Sums, statistics_dtype
-from .blocks.kronecker import KroneckerBlock
 from .blocks.structure import Structure, check_excluded
 from .config import KFACConfig
 from .discovery import (
@@ -146,7 +145,7 @@ class SeenModel:
         if role is None or role.block not in self.observed:
             return False
         block = self.structure.by_name[role.block]
-        if not isinstance(block, KroneckerBlock) or block.approx != "reduce":
+        if not block.takes_sums:
             raise RefusalError(f"the statistics of '{block.name}' are no sums over positions")
         return True
 

@@ -68,6 +68,17 @@ class Text(nn.Module):
         return self.head(self.twice(torch.tanh(self.twice(x))).mean(1))
 
 
+class Tied(nn.Module):
+    """The last layer's weight is the embedding's."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.block = nn.Embedding(CLASSES, 8), Attention()
+
+    def forward(self, ids):
+        return F.linear(self.block(self.embed(ids)).mean(1), self.embed.weight)
+
+
 class Normed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -92,7 +103,8 @@ def waves(n, generator):
     return torch.randn(n, 3, 9, generator=generator)
 
 
-CASES = {"vision": (Vision, images), "text": (Text, ids), "normed": (Normed, waves)}
+CASES = {"vision": (Vision, images), "text": (Text, ids), "tied": (Tied, ids),
+         "normed": (Normed, waves)}  # fmt: skip
 
 
 def net(name):

@@ -244,11 +244,17 @@ class Block(ABC):
             parameter's.
         has_factors: whether its curvature is a Kronecker product.
         needs_own_gradients: whether it is collected from gradients of the parameter itself.
+        takes_sums: whether sums of inputs and gradients over the positions of each example are all
+            that it is collected from.
     """
 
     name: str
     has_factors = False
     needs_own_gradients = False
+
+    @property
+    def takes_sums(self) -> bool:
+        return False
 
     @property
     @abstractmethod

@@ -44,6 +44,10 @@ class KroneckerBlock(Block):
     has_factors = True
 
     @property
+    def takes_sums(self) -> bool:
+        return self.approx == "reduce"
+
+    @property
     def pieces(self) -> tuple[Piece, ...]:
         return (self.matrix.piece,) if self.bias is None else (self.matrix.piece, self.bias)
 

@@ -127,6 +127,10 @@ class TiedBlock(Block):
     has_factors = True
 
     @property
+    def takes_sums(self) -> bool:
+        return self.direct.takes_sums and self.transposed.takes_sums
+
+    @property
     def name(self) -> str:  # type: ignore[override]
         """Of the direct use."""
         return self.direct.name
