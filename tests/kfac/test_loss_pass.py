@@ -578,3 +578,14 @@ def test_rows_of_one_example_get_no_signs_of_their_own():
         found.append(tensors_of(kfac))
     for key, value in found[0].items():
         torch.testing.assert_close(found[1][key], value)
+
+
+def test_the_scale_of_many_logits_is_known_to_rounding():
+    """A million entries and more: float32 norms of so many are 1e-3 off on a CPU."""
+    torch.manual_seed(0)
+    logits = (0.3 * torch.randn(8192, 256, dtype=torch.float32)).requires_grad_()
+    labels = torch.randint(256, (8192,))
+    (gradient,) = torch.autograd.grad(3 * F.cross_entropy(logits, labels), logits)
+    (vector,) = Categorical().would_be_gradients(logits, fisher_type="empirical", targets=labels)
+    scale = proportion(gradient, vector, torch.tensor(8192.0))
+    assert float(scale) == pytest.approx(3 / 8192, rel=1e-6)
