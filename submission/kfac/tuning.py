@@ -60,6 +60,11 @@ LARGEST_DENSE_VOCABULARY = 2048
 # Entries of a BatchNorm's input that stay in a CPU's cache between two passes over them.
 NORM_CHUNK_ELEMENTS = {"cpu": 1 << 18}
 
+# ---- the loss's own pass (fisher.loss_pass) -----------------------------------------------------
+
+# Entries of a dot product that a CPU adds up one by one: 1e-6 of the sum in float32.
+LONGEST_DOT = 1 << 15
+
 # ---- work on many blocks at once (blocks.batches, linalg.eigenbasis) ----------------------------
 
 # Gradients of more entries are worked on alone: a CPU is full at about 180 x 180.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from .. import tuning
 from .collect import Collection
 from .graph import GraphError, reaches_beside
 from .passes import FisherPass
@@ -110,12 +111,21 @@ def proportion(gradient: Tensor, vector: Tensor, terms: Tensor) -> Tensor:
     rounding of the gradient's dtype, at most 25 %.
     """
     epsilon = torch.finfo(gradient.dtype).eps
-    gradient, flat = gradient.to(vector.dtype), vector.reshape(-1)
-    # Not by vector_norm, which adds up one by one on a CPU: 1e-3 off in a million float32 entries.
-    squares = torch.dot(flat, flat)
+    gradient = gradient.to(vector.dtype)
+    squares = _dot(vector, vector)
     norm = squares.sqrt()
-    scale = torch.where(squares > 0, torch.dot(gradient.reshape(-1), flat) / squares, 1.0)
+    scale = torch.where(squares > 0, _dot(gradient, vector) / squares, 1.0)
     rest = torch.linalg.vector_norm(torch.addcmul(gradient, vector, -scale))
     rounding = math.sqrt(epsilon) * norm + 8 * epsilon * terms.to(norm.dtype).sqrt()
     fits = (rest <= scale.abs() * torch.minimum(rounding, norm / 4)) & (scale != 0)
     return torch.where(fits, scale, torch.nan)
+
+
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    """Σ one · other, without a tensor of the products.
+
+    In pieces, since a CPU adds up float32 one by one: 1e-3 off after ten million, and so are norms.
+    """
+    length = tuning.LONGEST_DOT if one.device.type == "cpu" else max(one.numel(), 1)
+    pieces = zip(one.reshape(-1).split(length), other.reshape(-1).split(length), strict=True)
+    return torch.stack([torch.dot(a, b) for a, b in pieces]).sum()
