@@ -247,14 +247,14 @@ class SeenModel:
     def collection(self, recorded: RecordedPass) -> Collection:
         """What collects the statistics of a recorded pass."""
         config = self._config
-        # Factors may stay sums of few rows: not if averaged over time or added over ranks, nor if
-        # they are to be diagonalised.
-        averaged = config.factor_decay > 0 or collectives.world_size() > 1
-        keeps = not averaged and config.damping_kind != "exact"
+        # Sums of few rows may stay rows: as long as factors, or, if these are diagonalised or
+        # averaged over time, until then. Not if they are added over ranks.
+        is_average = config.factor_decay > 0 or config.damping_kind == "exact"
+        uses = 0 if is_average else config.inverse_update_steps
         collecting = Collecting(
             like=torch.empty(0, device=next(iter(self.parameters.values())).device),
             ragged_scaling=config.ragged_scaling,
-            uses=config.inverse_update_steps if keeps else None,
+            uses=None if collectives.world_size() > 1 else uses,
             keeps_rows=config.eigenvalue_correction,
         )
         return Collection(

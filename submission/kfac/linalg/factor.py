@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 FORMS = ("dense", "diagonal", "rows")
@@ -62,9 +62,10 @@ class Factor:
 
     def move_towards(self, new: Factor, weight: float) -> Factor:
         """(1 - weight) · this + weight · new, in this one's memory."""
-        if self.form != new.form or self.form == "rows":
-            old = Factor(self.dense(), "dense")
-            torch.lerp(old.values, new.dense(), weight, out=old.values)
-            return old
-        self.values.lerp_(new.values, weight)
-        return self
+        old = Factor(self.dense(), "dense") if self.form == "rows" else self
+        if new.form == "rows" and not old.is_diagonal:
+            rows = new.values * math.sqrt(weight)
+            old.values.baddbmm_(rows.mT, rows, beta=1 - weight)  # one pass over the average
+        else:
+            old.values.lerp_(new.dense(), weight)
+        return old
