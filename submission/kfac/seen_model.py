@@ -31,7 +31,7 @@ from .fisher.step import RecordedPass
 from .operations.compiled import CompiledModules, modules_run_by, uncompiled
 from .operations.record import Recording
 from .operations.traced import RefusalError
-from .operations.uses import LinearUse, Use
+from .operations.uses import Use
 from .ranks import collectives
 from .ranks.placement import owners, turns_of
 from .ranks.sharded import wholes_seen
@@ -61,7 +61,7 @@ class SeenModel:
         self._model, self._config, self._state = unwrap(model), config, state
         check_excluded(config.exclude, (name for name, _ in self._model.named_parameters()))
         self._look_at_parameters()
-        self.structure = Structure()
+        self.structure, self._structures = Structure(), 0
         self._noted: set[str] = set()  # parameters whose other uses were looked at
         self._found: tuple[dict[Any, None], dict[str, str]] = ({}, {})  # by this rank alone
         self._restructure()
@@ -119,7 +119,7 @@ class SeenModel:
         """
         compiled = self._compiled
         compiled.recording, compiled.may_compile = recording, may_sum
-        compiled.structure_key = id(self.structure)
+        compiled.structure_key = self._structures
         with (
             uncompiled(),
             modules_run_by(compiled.run if self._gives_sums else None),
@@ -149,8 +149,8 @@ class SeenModel:
             raise RefusalError(f"the statistics of '{block.name}' are no sums over positions")
         return True
 
-    def _dtype_of(self, use: LinearUse) -> torch.dtype:
-        return statistics_dtype(self.parameters[use.matrix.piece.parameter])
+    def _dtype_of(self, use: Use) -> torch.dtype:
+        return statistics_dtype(self.parameters[use.pieces[0].parameter])
 
     @property
     def names(self) -> list[str]:
@@ -216,6 +216,7 @@ class SeenModel:
     def _restructure(self) -> None:
         """Makes the blocks anew; what is kept of those that are the same stays."""
         state, before = self._state, self.structure.by_name
+        self._structures += 1
         self.structure = structure_from(
             state.uses, state.others, self.parameters, self._config, state.approx or "expand"
         )

@@ -224,6 +224,16 @@ def test_it_compiles_once():
     assert backend.frame_count == 2
 
 
+def test_there_may_be_many_compiled_models():
+    """PyTorch compiles one function at most eight times."""
+    for _ in range(10):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, CLASSES))
+        compiled = torch.compile(model, backend="eager")
+        kfac = preconditioner(compiled)
+        train(compiled, model, kfac, lambda n, g: torch.randn(n, 4, generator=g), steps=4)
+        assert graphs(kfac).compiled == 1
+
+
 def test_the_optimizer_can_be_made_of_the_model_before_it_is_compiled():
     plain, model = net("vision"), net("vision")
     expected, kfac = preconditioner(plain), preconditioner(model)

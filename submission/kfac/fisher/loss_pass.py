@@ -127,5 +127,5 @@ def _dot(one: Tensor, other: Tensor) -> Tensor:
     In pieces, since a CPU adds up float32 one by one: 1e-3 off after ten million, and so are norms.
     """
     length = tuning.LONGEST_DOT if one.device.type == "cpu" else max(one.numel(), 1)
-    pieces = zip(one.reshape(-1).split(length), other.reshape(-1).split(length), strict=True)
-    return torch.stack([torch.dot(a, b) for a, b in pieces]).sum()
+    pieces = (torch.split(tensor.reshape(-1), length) for tensor in (one, other))
+    return torch.stack([torch.dot(a, b) for a, b in zip(*pieces, strict=True)]).sum()

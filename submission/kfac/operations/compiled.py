@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 
 from .traced import TracedGraph
-from .uses import LinearUse, Use
+from .uses import Use
 
 logger = logging.getLogger(__name__)
 INSIDE = (
@@ -133,7 +133,7 @@ class CompiledModules:
     """
 
     def __init__(
-        self, is_wanted: Callable[[Use], bool], dtype_of: Callable[[LinearUse], torch.dtype]
+        self, is_wanted: Callable[[Use], bool], dtype_of: Callable[[Use], torch.dtype]
     ) -> None:
         self.is_wanted, self.dtype_of = is_wanted, dtype_of
         self.recording: Any = None
@@ -167,11 +167,12 @@ class CompiledModules:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a compiler raises; an error of the model comes again
-            entry.refusal = str(error).partition("\n")[0] or type(error).__name__
-            logger.info("K-FAC: a compiled module is recorded uncompiled: %s", entry.refusal)
+            self._later = str(error).partition("\n")[0] or type(error).__name__
             self.recording.forget_from(calls)
-            return module._orig_mod(*arguments, **keywords)
-        entry.refusal = self._later
+            outputs = module._orig_mod(*arguments, **keywords)
+        if self._later:
+            entry.refusal = self._later
+            logger.info("K-FAC: a compiled module is recorded uncompiled: %s", self._later)
         return outputs
 
     def _traced(self, module: Any) -> Callable[..., Any]:
@@ -185,6 +186,8 @@ class CompiledModules:
         def forward(*arguments: Any, **keywords: Any) -> Any:
             return inner(*arguments, **keywords)
 
+        # Code of its own, since what was compiled of one code object is limited to eight.
+        forward.__code__ = forward.__code__.replace()
         made: Callable[..., Any] = torch.compile(forward, backend=make, fullgraph=True)
         return made
 

@@ -30,7 +30,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from .operation import LinearOperation
 from .record import Recording
 from .sharing import Positions, Sharing
-from .uses import Call, LinearUse, Use
+from .uses import Call, Use
 
 MOST_SIZES = 8  # of the inputs of one graph that are compiled for; others run uncompiled
 
@@ -117,9 +117,9 @@ class _Traced:
     """A call, and where in the graph it is.
 
     Attributes:
-        call: as it was recorded, until its pass ended.
+        call: as it was recorded; nothing but its use and geometry after its pass.
         source, node: the nodes of its input and its output.
-        like: an empty tensor of its output's shape, on the meta device.
+        inputs, outputs: their shapes.
     """
 
     call: Call
@@ -148,7 +148,7 @@ class _Watched(fx.Interpreter):
     """Runs a graph node by node under a recording, and notes which node makes which call."""
 
     def __init__(self, module: fx.GraphModule, recording: Recording) -> None:
-        super().__init__(module, garbage_collect_values=False)
+        super().__init__(module)
         self._recording = recording
         self.found: list[_Traced] = []
         self.problem = ""
@@ -200,7 +200,7 @@ class Owner(Protocol):
     @property
     def is_wanted(self) -> Callable[[Use], bool]: ...
     @property
-    def dtype_of(self) -> Callable[[LinearUse], torch.dtype]: ...
+    def dtype_of(self) -> Callable[[Use], torch.dtype]: ...
     def refuse_later(self, problem: str) -> None: ...
 
 
@@ -210,14 +210,27 @@ class _Compiled:
 
     Attributes:
         calls: of the statistics, in the order of the probes.
-        probes: shape of each probe.
+        probes: shape and dtype of each probe.
+        mixes_examples: see `Recording`.
+        outputs: number of the graph's own outputs, which come first.
+        run: takes the graph's inputs and the probes.
     """
 
-    run: Callable[..., Sequence[Any]]
     calls: list[tuple[Use, Summed]]
     probes: list[tuple[torch.Size, torch.dtype]]
     mixes_examples: bool
-    outputs: int
+    outputs: int = 0
+    run: Callable[..., Sequence[Any]] = lambda *_: ()
+
+    def add(self, found: _Traced, dtype: torch.dtype) -> None:
+        """A call whose statistics are part of the graph."""
+        inputs, outputs = (found.in_front(torch.empty(size, device="meta"))
+                           for size in (found.inputs, found.outputs))  # fmt: skip
+        positions = found.operation.leading(inputs, Positions())[1:].numel()
+        operation = Summed(found.operation.shape, positions)
+        groups, side, _ = operation.shape
+        self.calls.append((found.use, operation))
+        self.probes.append((torch.Size([len(outputs), groups, side]), dtype))
 
 
 class TracedGraph:
@@ -253,66 +266,64 @@ class TracedGraph:
             outputs = watched.run(*arguments)
         if recording.seen() != before:
             watched.problem = "a loss, or a use of a parameter that is no operation, is inside it"
-        watched.env.clear()
         self._watched[key] = watched, recording
         if watched.problem:
             self._owner.refuse_later(watched.problem)
         return outputs
 
-    def _compile(self, watched: _Watched, recording: Recording, arguments: Sequence[Any]) -> Any:
+    def _compile(
+        self, watched: _Watched, recording: Recording, arguments: Sequence[Any]
+    ) -> _Compiled:
         wanted = [found for found in watched.found if self._owner.is_wanted(found.use)]
-        graph = fx.Graph()
-        module = fx.GraphModule(self._module, graph)
-        copies: dict[fx.Node, fx.Node] = {}
-        for node in self._module.graph.nodes:
-            if node.op == "placeholder":
-                copies[node] = graph.node_copy(node, copies.__getitem__)
-        sums: list[fx.Node] = []
-        calls: list[tuple[Use, Summed]] = []
-        shapes: list[tuple[torch.Size, torch.dtype]] = []
-        of_node = {found.node: found for found in wanted}
-        ends = [graph.placeholder(f"probe_{number}") for number in range(len(wanted))]
-        outputs: Any = None
-        for node in self._module.graph.nodes:
-            if node.op == "placeholder":
-                continue
-            if node.op == "output":
-                outputs = fx.map_arg(node.args[0], copies.__getitem__)
-                continue
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-            found = of_node.get(node)
-            if found is None:
-                continue
-            number = len(sums)
-            assert isinstance(found.use, LinearUse)
-            dtype = self._owner.dtype_of(found.use)
-            operation = _summed(found)
-            module.add_submodule(f"sum_{number}", _SumInputs(found, dtype))
-            module.add_submodule(f"probe_{number}", _Probe(found))
-            assert found.source is not None
-            sums.append(graph.call_module(f"sum_{number}", (copies[found.source],)))
-            copies[node] = graph.call_module(f"probe_{number}", (copies[node], ends[number]))
-            calls.append((found.use, operation))
-            groups, side, _ = operation.shape
-            examples = found.in_front(torch.empty(found.outputs, device="meta")).shape[0]
-            shapes.append((torch.Size([examples, groups, side]), dtype))
-        own = list(outputs) if isinstance(outputs, tuple | list) else [outputs]
-        graph.output((*own, *sums))
-        graph.lint()
-        module.recompile()
+        made = _Compiled([], [], recording.mixes_examples)
+        module = self._with_statistics(wanted, made)
         for found in watched.found:
             found.call.release()
-        made = _Compiled(lambda *_: (), calls, shapes, recording.mixes_examples, len(own))
-        # Tables of convolutions are constants in the graph. A pass may come through it twice.
+        # Tables of convolutions are constants in the graph.
         fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
         given = [
             fake.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
             for value in (*arguments, *_probes(made, arguments))
         ]
-        with functorch.patch(donated_buffer=False):
+        with functorch.patch(donated_buffer=False):  # a pass may come through it twice
             made.run = self._backend(module, given)
         self._owner.compiled += 1
         return made
+
+    def _with_statistics(self, wanted: Sequence[_Traced], made: _Compiled) -> fx.GraphModule:
+        """The graph with outputs Σ a and probes; `made` is told what they are."""
+        graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+        module = fx.GraphModule(self._module, graph)
+        *nodes, end = self._module.graph.nodes
+        for node in nodes:
+            if node.op == "placeholder":
+                copies[node] = graph.node_copy(node)
+        probes = [graph.placeholder(f"probe_{number}") for number in range(len(wanted))]
+        number_of = {found.node: number for number, found in enumerate(wanted)}
+        sums: dict[int, fx.Node] = {}
+        for node in nodes:
+            if node.op == "placeholder":
+                continue
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            number = number_of.get(node)
+            if number is None:
+                continue
+            found = wanted[number]
+            assert found.source is not None
+            dtype = self._owner.dtype_of(found.use)
+            module.add_submodule(f"sum_{number}", _SumInputs(found, dtype))
+            module.add_submodule(f"probed_{number}", _Probe(found))
+            sums[number] = graph.call_module(f"sum_{number}", (copies[found.source],))
+            copies[node] = graph.call_module(f"probed_{number}", (copies[node], probes[number]))
+        for found in wanted:
+            made.add(found, self._owner.dtype_of(found.use))
+        outputs = fx.map_arg(end.args[0], copies.__getitem__)
+        own = list(outputs) if isinstance(outputs, tuple | list) else [outputs]
+        made.outputs = len(own)
+        graph.output((*own, *(sums[number] for number in range(len(wanted)))))
+        graph.lint()
+        module.recompile()
+        return module
 
     def _run(self, made: _Compiled, arguments: Sequence[Any]) -> Any:
         recording = self._owner.recording
@@ -331,13 +342,6 @@ def _probes(made: _Compiled, arguments: Sequence[Any]) -> list[Tensor]:
         torch.zeros((), dtype=dtype, device=device).expand(shape).requires_grad_()
         for shape, dtype in made.probes
     ]
-
-
-def _summed(found: _Traced) -> Summed:
-    operation = found.operation
-    x = found.in_front(torch.empty(found.inputs, device="meta"))
-    leading = operation.leading(x, Positions())
-    return Summed(operation.shape, leading[1:].numel())
 
 
 def _size(argument: Any) -> Any:
