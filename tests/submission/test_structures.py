@@ -275,8 +275,13 @@ class Classifier(Workload):
         return {"summed": losses.sum(), "n_valid_examples": len(losses), "per_example": losses}
 
 
+SELF_TUNED = {"kfac_approx": "reduce", "update_rule": "eigenbasis_adam", "fisher_type": "empirical",
+              "factor_decay": 0.9, "renewal": "in_turns"}  # fmt: skip
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_a_compiled_model_trains_like_the_plain_one():
+@pytest.mark.parametrize("changes", [{}, SELF_TUNED], ids=["uncompiled", "with statistics inside"])
+def test_a_compiled_model_trains_like_the_plain_one(changes):
     generator = torch.Generator().manual_seed(0)
     batch = {
         "inputs": torch.randn(8, 5, generator=generator),
@@ -287,6 +292,9 @@ def test_a_compiled_model_trains_like_the_plain_one():
         torch.manual_seed(0)
         plain = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
         model = torch.compile(plain, backend="eager") if compiled else plain
-        train(Classifier(), model, batch, point(), 4)
+        _, state = train(Classifier(), model, batch, point(**changes), 7)
+        inside = state["kfac"]._seen._compiled.compiled
+        can_be = compiled and bool(changes) and hasattr(torch.compiler, "set_stance")
+        assert inside == int(can_be)
         outcomes.append(torch.cat([p.detach().flatten() for p in plain.parameters()]))
     torch.testing.assert_close(*outcomes)
