@@ -34,6 +34,7 @@ def _self_tuned() -> dict[str, Any]:
     return {
         "update_rule": engine.pop("direction"),
         **engine,
+        "renewal": "together",  # as it was studied; in turns steps are of equal length
         "beta1": beta1,
         "beta2": beta2,
         "learning_rate": 0.01,
