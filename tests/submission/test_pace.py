@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -141,8 +142,11 @@ def test_the_self_tuning_ruleset_has_a_point_and_half_as_much_time_again(monkeyp
 
 
 def test_the_self_tuning_point_is_the_engines_defaults():
+    """But for when inverses are renewed: as it was studied."""
     config = Hyperparameters.self_tuned().kfac_config(seed=0)
-    assert config == KFAC(torch.nn.Linear(2, 2)).preconditioner.config
+    engine = KFAC(torch.nn.Linear(2, 2)).preconditioner.config
+    assert engine.renewal == "in_turns"
+    assert config == replace(engine, renewal="together")
 
 
 def worker(rank, folder):
