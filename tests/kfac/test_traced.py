@@ -125,7 +125,7 @@ def preconditioner(model, **settings):
     )  # fmt: skip
 
 
-def train(call, model, kfac, make, *, steps=5, sizes=(6,), passes=1, stated=False):
+def train(call, model, kfac, make, *, steps=5, sizes=(6,), passes=1, stated=False, rate=0.02):
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
         model.zero_grad()
@@ -142,7 +142,7 @@ def train(call, model, kfac, make, *, steps=5, sizes=(6,), passes=1, stated=Fals
         kfac.precondition()
         with torch.no_grad():
             for p in model.parameters():
-                p -= 0.02 * p.grad
+                p -= rate * p.grad
 
 
 def both(name, *, backend="aot_eager", settings=None, **options):
@@ -347,10 +347,8 @@ def test_nothing_of_a_pass_is_kept_and_copies_go_on():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_inductor_gives_the_same_statistics(name):
-    """After one step with statistics inside: no moments, so no chaos."""
+    """Of parameters that stay as they are: rounding grows in training."""
     torch.set_default_dtype(torch.float32)
-    settings = {"factor_decay": 0.0, "direction": "preconditioned", "damping_kind": "pi",
-                "damping": 1.0, "fallback": "gradient"}  # fmt: skip
-    pair = both(name, backend="inductor", settings=settings, steps=3)
+    pair = both(name, backend="inductor", steps=4, rate=0.0)
     assert_same(*pair, tolerance=2e-6)
     assert graphs(pair[-1]).compiled == 1
