@@ -277,9 +277,18 @@ class LogProbabilities(Vision):
         return super().forward(x).log_softmax(-1)
 
 
-@pytest.mark.parametrize("model_class", [WithLoss, Breaks, Recurrent, LogProbabilities])
+class TimeFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(3, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x):
+        return self.head(self.inner(x.movedim(2, 0)).tanh().mean(0))
+
+
+@pytest.mark.parametrize("model_class", [WithLoss, Breaks, Recurrent, LogProbabilities, TimeFirst])
 def test_models_that_cannot_are_recorded_uncompiled_and_say_why(model_class):
-    make = waves if model_class is Recurrent else images
+    make = waves if model_class in (Recurrent, TimeFirst) else images
 
     def trained(compile_):
         torch.manual_seed(0)

@@ -275,6 +275,8 @@ class TracedGraph:
         self, watched: _Watched, recording: Recording, arguments: Sequence[Any]
     ) -> _Compiled:
         wanted = [found for found in watched.found if self._owner.is_wanted(found.use)]
+        if any(found.call.sharing is not None for found in wanted):
+            raise RefusalError("an operation's first dimension does not count the examples")
         made = _Compiled([], [], recording.mixes_examples)
         module = self._with_statistics(wanted, made)
         for found in watched.found:
