@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,13 +18,16 @@ POLYNOMIALS = (
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
     (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
 )
+TOGETHER = 3  # polynomials between two Gram matrices
 MARGIN = 1.01  # keeps rounding from pushing a singular value out of the interval
 
 
 def polar_factor(matrix: Tensor) -> Tensor:
     """U Vᵀ of M = U S Vᵀ, for singular values of at least 1e-3 of the Frobenius norm.
 
-    Smaller ones end between 0 and 1; a matrix of zeros stays one.
+    Smaller ones end between 0 and 1; a matrix of zeros stays one. The polynomials are multiplied on
+    the shorter side, x p₁(x xᵀ) … = (… p₂ p₁) x, three at a time: the Gram matrix x xᵀ squares the
+    singular values, and of six in one go small ones would be lost in float32.
 
     Args:
         matrix: [..., rows, columns], real.
@@ -30,11 +35,24 @@ def polar_factor(matrix: Tensor) -> Tensor:
     wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
     norm = torch.linalg.matrix_norm(wide, keepdim=True)
     found = wide / (norm * MARGIN).clamp(min=torch.finfo(wide.dtype).tiny)
-    for a, b, c in POLYNOMIALS:
-        gram = found @ found.mT
-        found = a * found + (b * gram + c * (gram @ gram)) @ found
+    found = found.reshape(-1, *wide.shape[-2:])
+    for start in range(0, len(POLYNOMIALS), TOGETHER):
+        found = _multiplied(found, POLYNOMIALS[start : start + TOGETHER])
+    found = found.view(wide.shape)
     result: Tensor = found if matrix.shape[-2] <= matrix.shape[-1] else found.mT
     return result
+
+
+def _multiplied(x: Tensor, polynomials: Sequence[tuple[float, float, float]]) -> Tensor:
+    """The odd polynomials, one after the other, of the singular values of x [batch, n, m]."""
+    gram, product = x @ x.mT, None
+    for number, (a, b, c) in enumerate(polynomials):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = factor if product is None else factor @ product
+        if number + 1 < len(polynomials):
+            gram = factor @ gram @ factor
+    return x if product is None else product @ x
 
 
 def with_equal_singular_values(matrix: Tensor) -> Tensor:
