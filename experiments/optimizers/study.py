@@ -20,7 +20,7 @@ from experiments import results
 from experiments.optimizers import ablation, logs
 from experiments.optimizers.logs import Log, Run
 from experiments.optimizers.methods import METHODS, Method, Point, find, point_key
-from experiments.optimizers.tasks import Task
+from experiments.optimizers.task import Task
 from experiments.optimizers.training import train
 
 TUNING_SEED = 100

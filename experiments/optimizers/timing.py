@@ -14,7 +14,7 @@ from torch import nn
 from experiments import results
 from experiments.optimizers.logs import context
 from experiments.optimizers.methods import INTERVAL, METHODS, Point, Stepper, point_key
-from experiments.optimizers.tasks import Batch, Task
+from experiments.optimizers.task import Batch, Task
 from experiments.optimizers.training import train_step
 from quickstart.errors import QuickstartError, writing
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from experiments import results
 from experiments.optimizers.methods import WARMUP_FRACTION, Method, Point, Stepper
-from experiments.optimizers.tasks import Batch, Task
+from experiments.optimizers.task import Batch, Task
 from submission.kfac import KFACError
 from submission.schedules import ScheduleShape, warmup_linear
 
@@ -47,9 +47,9 @@ class Outcome:
         return asdict(self)
 
 
-def schedule(steps: int) -> ScheduleShape:
-    """Linear warm-up, then linear decay to zero."""
-    return ScheduleShape(steps, int(WARMUP_FRACTION * steps))
+def schedule(steps: int, end_factor: float = 0.0) -> ScheduleShape:
+    """Linear warm-up, then linear decay to a part of the learning rate."""
+    return ScheduleShape(steps, int(WARMUP_FRACTION * steps), end_factor=end_factor)
 
 
 def train_step(task: Task, model: nn.Module, stepper: Stepper, batch: Batch) -> torch.Tensor:
@@ -61,7 +61,7 @@ def train_step(task: Task, model: nn.Module, stepper: Stepper, batch: Batch) -> 
         logits = model(batch["inputs"])
     loss = task.loss(logits, batch)
     if due:
-        mask, targets = batch.get("weights"), batch["targets"]
+        mask, targets = batch.get("weights"), batch["targets"] if task.has_labels else None
         due.update(logits, task.likelihood, mask=mask, targets=targets, loss=loss)
     torch.autograd.backward(loss)
     if kfac is not None:
@@ -75,7 +75,8 @@ def train(task: Task, method: Method, point: Point, seed: int) -> Outcome:
     model = task.make_model(seed)
     model.train()
     stepper = method.build(model, task, point, seed)
-    batches, shape = iter(task.batches(seed)), schedule(task.length.steps)
+    batches = iter(task.batches(seed))
+    shape = schedule(task.length.steps, 1.0 if stepper.is_schedule_free else 0.0)
     evaluations: list[Evaluation] = []
     seconds = 0.0
     problem = None
@@ -94,7 +95,8 @@ def train(task: Task, method: Method, point: Point, seed: int) -> Outcome:
             if not math.isfinite(value):
                 problem = f"step {done}: the loss is {value}"
                 break
-            metric = task.evaluate(model)
+            with stepper.evaluating():
+                metric = task.evaluate(model)
             evaluations.append(
                 Evaluation(done, seconds, metric if math.isfinite(metric) else None, value)
             )

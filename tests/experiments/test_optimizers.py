@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,12 +11,16 @@ from torch import nn
 
 pytest.importorskip("jraph", reason="needs the quickstart's packages")
 
+from experiments import pronunciations
 from experiments.optimizers import ablation, logs, page, report, study, summary, timing
+from experiments.optimizers.image_tasks import Images, Reconstruction, load_images
 from experiments.optimizers.logs import Log, Run
 from experiments.optimizers.methods import METHODS, POINTS, Method, find, split_for_muon
+from experiments.optimizers.sequence_tasks import Text, Words
 from experiments.optimizers.study import TUNING_SEED
-from experiments.optimizers.tasks import SMALL, Batch, Images, Length, Task, Text, load_images
-from experiments.optimizers.training import Evaluation, Outcome, schedule, train
+from experiments.optimizers.task import Batch, Length, Task
+from experiments.optimizers.tasks import DEFAULT, NAMES, SMALL
+from experiments.optimizers.training import Evaluation, Outcome, schedule, train, train_step
 from quickstart.errors import QuickstartError
 from submission.hyperparameters import Hyperparameters
 from submission.schedules import warmup_linear
@@ -185,7 +190,7 @@ def test_page_and_tables_from_a_whole_study(
     assert "which the worst seed of tuned NAdamW just reaches" in text
     assert "K-FAC-reduce, NAdamW" in text
     assert "one setting of K-FAC-reduce, NAdamW changed at a time" in text
-    assert "not run: Nesterov, SOAP, KL-SOAP, Muon, Shampoo" in text
+    assert "not run: Nesterov, Schedule-free AdamW, SOAP, KL-SOAP, Muon, Shampoo" in text
     assert "(chosen)" in text
     assert (tmp_path / "docs" / "pictures" / "optimizers.png").stat().st_size > 1000
     with pytest.raises(QuickstartError, match="no logs in"):
@@ -273,15 +278,15 @@ def test_muon_gets_hidden_matrices_only() -> None:
 
 def test_text_and_images_as_tasks() -> None:
     content = "in the beginning was the word, and the word was with us. " * 40
-    text = Text(Length(2, 1, 4), torch.device("cpu"), content, SMALL)
+    text = Text(Length(2, 1, 4), torch.device("cpu"), content, SMALL.text)
     batch = next(text.batches(1))
-    assert batch["inputs"].shape == batch["targets"].shape == (4, SMALL.window)
+    assert batch["inputs"].shape == batch["targets"].shape == (4, SMALL.text.window)
     assert torch.equal(batch["inputs"][:, 1:], batch["targets"][:, :-1])
     untrained = text.evaluate(text.make_model(1))
     assert untrained == pytest.approx(np.log(len(set(content))), abs=0.2)
 
     pytest.importorskip("sklearn", reason="needs the quickstart's packages")
-    data = load_images(None, SMALL)
+    data = load_images(None, 16, 100, 50)
 
     def build(channels: int, side: int) -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(channels * side**2, 10))
@@ -289,6 +294,87 @@ def test_text_and_images_as_tasks() -> None:
     images = Images("vit", Length(2, 1, 8), torch.device("cpu"), data, {"width": 3}, build)
     assert images.setting["validation_images"] == len(data.splits["validation"])
     assert 0 <= images.evaluate(images.make_model(0)) <= 1
+
+
+def test_reconstruction_from_a_part_of_the_spectrum() -> None:
+    pytest.importorskip("sklearn", reason="needs the quickstart's packages")
+    data = load_images(None, 8, 100, 50)
+    task = Reconstruction(Length(30, 10, 16), torch.device("cpu"), data, width=4, levels=2)
+    batch = next(task.batches(1))
+    assert batch["inputs"].shape == batch["targets"].shape == (16, 8, 8)
+    assert batch["inputs"].mean((1, 2)).abs().max() < 1e-5
+    spectrum = torch.fft.fft2(task._from_part(torch.ones(3, 8, 8)))
+    assert torch.allclose(spectrum[:, 0, 0], torch.full((3,), 64 + 0j))  # the mean is always kept
+    assert task.loss(batch["targets"], batch) == 0
+    pytest.importorskip("torchmetrics", reason="`./run.sh experiments` installs it")
+    method = find("kfac_reduce_polar")
+    first, *_, last = train(task, method, method.points[2], 1).evaluations
+    assert first.metric is not None
+    assert last.metric is not None
+    assert 0 < first.metric < last.metric < 1
+
+
+def make_words(folder: Path, lines: str) -> Path:
+    path = folder / "words.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(pronunciations.MEMBER, lines)
+    return path
+
+
+def test_words_and_their_phonemes(tmp_path: Path) -> None:
+    lines = "abc EY1 B IY0 # a comment\nabc(2) AA1\nd' D\ntoolongtobetaken T\ncab K AE1 B\n"
+    found = pronunciations.read(make_words(tmp_path, lines), 3, 14)
+    assert found.letters == ["a", "b", "c"]
+    assert found.phonemes == ["", "AE", "B", "EY", "IY", "K"]
+    assert found.words == [([0, 1, 2], [3, 2, 4]), ([2, 0, 1], [5, 1, 2])]
+    (tmp_path / "words.whl").write_bytes(b"no wheel")
+    with pytest.raises(QuickstartError, match="is damaged"):
+        pronunciations.read(tmp_path / "words.whl", 3, 14)
+
+
+def test_the_lstms_learn_from_a_loss_without_labels_of_frames(tmp_path: Path) -> None:
+    letters = "abcdefgh"
+    words = sorted({"".join(np.random.default_rng(n).choice(list(letters), 4)) for n in range(300)})
+    lines = "".join(f"{word} {' '.join(word.upper())}\n" for word in words)
+    content = pronunciations.read(make_words(tmp_path, lines), 3, 14)
+    task = Words(
+        Length(60, 20, 32), torch.device("cpu"), content, width=16, depth=1, validation_words=20
+    )
+    batch = next(task.batches(1))
+    logits = task.make_model(0)(batch["inputs"])
+    assert logits.shape == (32, 8, 9)
+    one = torch.nn.functional.ctc_loss(
+        logits[0].log_softmax(-1), batch["targets"][:4], (8,), (4,), reduction="sum"
+    )
+    rest = {**batch, "targets": batch["targets"][4:], "target_lengths": batch["target_lengths"][1:]}
+    whole = task.loss(logits, batch) * 256
+    assert torch.allclose(whole, one + task.loss(logits[1:], rest) * 248)
+    method = find("kfac_reduce_polar")
+    first, *_, last = train(task, method, method.points[4], 1).evaluations
+    assert last.metric is not None
+    assert first.metric is not None
+    assert last.metric < 0.8 * first.metric
+
+
+def test_a_schedule_free_run_evaluates_averages() -> None:
+    pytest.importorskip("pytorch_optimizer", reason="`./run.sh experiments` installs it")
+    task, method = Rings(20), find("schedule_free")
+    model = task.make_model(0)
+    stepper = method.build(model, task, method.points[4], 0)
+    batches = iter(task.batches(0))
+    for _ in range(5):
+        train_step(task, model, stepper, next(batches))
+    before = [p.clone() for p in model.parameters()]
+    with stepper.evaluating():
+        assert not any(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    for p, b in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(p, b)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_task_has_its_length(name: str) -> None:
+    assert name in DEFAULT.lengths
+    assert name in SMALL.lengths
 
 
 def test_logs_are_packed_and_taken_over(tmp_path: Path) -> None:
