@@ -97,9 +97,7 @@ def recorded_workloads() -> list[str]:
     return list(json.loads(RECORD.read_text()))
 
 
-def memory_of(
-    workload: str, settings: KFACConfig, hardware: Hardware = HARDWARE["v100"]
-) -> Memory:
+def memory_of(workload: str, settings: KFACConfig, hardware: Hardware = HARDWARE["v100"]) -> Memory:
     """Memory of a recorded workload on one GPU.
 
     Raises:

@@ -144,8 +144,6 @@ def test_dry_run_of_set_up_names_every_step(project: Path) -> None:
         (["setup"], {"PYTHON": "/bin/false"}, "PYTHON=/bin/false is not Python 3.11 or newer"),
         (["docker", "fly"], {}, "docker knows build and run, not 'fly'"),
         (["docker", "run"], {}, "docker run needs a command"),
-        (["package", "a", "b"], {}, "package takes one folder"),
-        (["package", "--ruleset", "own"], {}, "--ruleset is external or self, not 'own'"),
     ],
 )
 def test_errors_are_one_line(
@@ -210,28 +208,6 @@ def test_set_up_is_done_once_and_starts_afresh_after_a_failure(project: Path) ->
     assert log.read_text().count("\n") > installed + 1
 
 
-def test_package_is_the_submission_alone(project: Path) -> None:
-    (project / "submission").unlink()
-    shutil.copytree(REPOSITORY / "submission", project / "submission")
-    for name in ("tuning_search_space.json", "LICENSE"):
-        (project / name).write_text(name)
-    result = run(project, "package", str(project / "out"))
-    assert result.returncode == 0, result.stderr
-    folder = project / "out" / "external_tuning" / "kfac"
-    assert (folder / "submission.py").exists()
-    for name in ("requirements.txt", "README.md", "LICENSE", "tuning_search_space.json"):
-        assert (folder / name).exists()
-    assert not list(folder.rglob("__pycache__"))
-    again = run(project, "package", str(project / "out"))
-    assert "exists: move it away first" in again.stderr
-    for flag in (["--ruleset", "self"], ["--ruleset=self"]):
-        result = run(project, "package", *flag, str(project / flag[0]))
-        assert result.returncode == 0, result.stderr
-        folder = project / flag[0] / "self_tuning" / "kfac"
-        assert (folder / "submission.py").exists()
-        assert not (folder / "tuning_search_space.json").exists()
-
-
 def test_shellcheck() -> None:
     shellcheck = shutil.which("shellcheck") or shutil.which(
         "shellcheck", path=str(Path(os.sys.executable).parent)
@@ -239,5 +215,7 @@ def test_shellcheck() -> None:
     if shellcheck is None:
         pytest.skip("shellcheck is not installed (./run.sh setup --dev installs it)")
     scripts = [str(REPOSITORY / "run.sh"), str(REPOSITORY / ".ci" / "run")]
-    result = subprocess.run([shellcheck, *scripts], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [shellcheck, "-x", "-a", *scripts], capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stdout

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from workloads_overrides import package as writer
+
 ROOT = Path(__file__).parents[2]
 WORKLOAD = Path(__file__).with_name("structures.py")
 
@@ -65,6 +67,35 @@ def test_it_has_what_the_submissions_repository_expects(package):
     assert "Apache License" in (folder / "LICENSE").read_text()
     lines = (folder / "requirements.txt").read_text().splitlines()
     assert all(line.startswith("#") for line in lines)  # AlgoPerf's own packages are enough
+
+
+@pytest.mark.parametrize("flag", [["--ruleset", "self"], ["--ruleset=self"]])
+def test_the_self_tuning_ruleset_has_no_search_space(tmp_path, capsys, flag):
+    assert writer.main([*flag, str(tmp_path)]) == 0
+    folder = tmp_path / "self_tuning" / "kfac"
+    assert capsys.readouterr().out.strip() == str(folder)
+    assert (folder / "submission.py").exists()
+    assert not (folder / "tuning_search_space.json").exists()
+    assert not list(folder.rglob("__pycache__"))
+
+
+def test_what_is_there_is_kept_and_nothing_half_written_stays(tmp_path, capsys, monkeypatch):
+    folder = writer.write(tmp_path, "external")
+    (folder / "notes").touch()
+    assert writer.main([str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"error: {folder} exists: move it away first\n"
+    assert (folder / "notes").exists()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(writer.shutil, "copyfile", full)
+    assert writer.main(["--ruleset", "self", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "error: No space left on device\n"
+    assert list((tmp_path / "self_tuning").iterdir()) == []
+    with pytest.raises(SystemExit):
+        writer.main(["--ruleset", "own"])
+    assert "invalid choice: 'own'" in capsys.readouterr().err
 
 
 def test_it_trains_alone_outside_the_repository(package):

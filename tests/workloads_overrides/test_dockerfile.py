@@ -11,6 +11,7 @@ from workloads_overrides import runner_flags
 from workloads_overrides.installation import ALGOPERF_COMMIT
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENTS = ROOT / "requirements" / "environments.sh"
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 INSTRUCTIONS = re.sub(r"^\s*#.*\n", "", DOCKERFILE, flags=re.MULTILINE).replace("\\\n", " ")
 
@@ -21,7 +22,7 @@ def instructions(name):
 
 def test_the_image_holds_the_commit_that_everything_else_is_tested_with():
     assert f"ALGOPERF_COMMIT={ALGOPERF_COMMIT}" in instructions("ARG")
-    assert f'ALGOPERF_COMMIT="{ALGOPERF_COMMIT}"' in (ROOT / "run.sh").read_text()
+    assert f'ALGOPERF_COMMIT="{ALGOPERF_COMMIT}"' in ENVIRONMENTS.read_text()
 
 
 def test_torch_and_the_kernels_that_it_has_to_hold_are_build_arguments():
