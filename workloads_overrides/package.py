@@ -36,6 +36,8 @@ def write(folder: Path, ruleset: str) -> Path:
             shutil.copyfile(ROOT / name, half / name)
         (half / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
         half.rename(target)
+    except shutil.Error as error:  # has a triple for each file: from, to, why
+        raise OSError(error.args[0][0][2]) from error
     finally:
         shutil.rmtree(half, ignore_errors=True)
     return target
