@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 
 from benchmarks.methods import LEARNING_RATE
 from benchmarks.models import TITLES, Case, make_case
@@ -24,7 +25,7 @@ MODELS = ("vit", "gpt", "graph")
 BATCH_SIZES = {"vit": 32, "gpt": 8, "graph": 512}
 BACKENDS = {"vit": "inductor", "gpt": "inductor", "graph": None}  # AlgoPerf runs graphs eagerly
 RENEWALS = ("in_turns", "together")
-PLAIN = "without"
+PLAIN, FORWARD, TO_OUTPUTS = "without", "forward", "to outputs"
 INTERVAL = 10
 
 
@@ -40,6 +41,28 @@ def _plain_step(case: Case) -> Step:
     def step() -> None:
         case.model.zero_grad(set_to_none=True)
         torch.autograd.backward(case.loss(case.model(case.inputs)))
+
+    return step
+
+
+def _to_outputs_step(case: Case, backwards: bool) -> Step:
+    """A forward pass and, or not, the gradients of its layers' outputs: what one label drawn for
+    each term costs at least. Never compiled."""
+    outputs: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        del module, inputs
+        outputs.append(output)
+
+    for module in case.model.modules():
+        if not list(module.children()) and list(module.parameters()):
+            module.register_forward_hook(keep)
+
+    def step() -> None:
+        outputs.clear()
+        loss = case.loss(case.model(case.inputs))
+        if backwards:
+            torch.autograd.grad(loss, outputs)
 
     return step
 
@@ -89,6 +112,10 @@ def measure_every_step(
     for fisher in fishers:
         case = _case(model, batch_size, device, size, compiled)
         steps[fisher] = _statistics_step(case, fisher)
+    if "mc" in fishers:
+        for name, backwards in ((FORWARD, False), (TO_OUTPUTS, True)):
+            case = _case(model, batch_size, device, size, compiled=False)
+            steps[name] = _to_outputs_step(case, backwards)
     for step in steps.values():
         for _ in range(3):  # seen, seen with all blocks known, compiled
             step()
@@ -143,6 +170,12 @@ def every_step_table(result: dict[str, Any]) -> Table:
             for renewal, one in result["longest"].items()
         ),
     )
+    if TO_OUTPUTS in result["seconds"]:
+        forward, whole = (result["seconds"][name]["median"] for name in (FORWARD, TO_OUTPUTS))
+        table.caption = (
+            f"{table.caption}\nthe gradients of all layers' outputs, not compiled, which one drawn "
+            f"label takes besides: {(whole - forward) / plain:.2f} of a step without"
+        )
     for fisher, ratios in result["ratios"].items():
         table.add_row(
             fisher, ratio_text(Spread(**ratios["wall"])), ratio_text(Spread(**ratios["cpu"])),
