@@ -184,3 +184,32 @@ def check_ragged(sizes, pooling, scaling, padding):
     )
     for name in truth:
         assert relative_error(factors[name].to_dense(), truth[name]) <= EXACT, name
+
+
+class PaddedBags(nn.Module):
+    """The mean of the embeddings of an example's words; others fill it up."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(7, 4, padding_idx=2)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, words):
+        counts = (words != 2).sum(1, keepdim=True)
+        return self.head(self.words(words).sum(1) / counts)
+
+
+@pytest.mark.parametrize(("kfac_approx", "words"), [("expand", 1), ("reduce", 1), ("reduce", 2)])
+def test_the_rows_of_padding_idx_do_not_exist(kfac_approx, words):
+    """They are in no sum and no count: what fills an example up changes no scale."""
+    model = PaddedBags()
+    with torch.no_grad():
+        model.words.weight[2] = 0
+    x = torch.full((5, 4), 2)
+    for number, example in enumerate(x):
+        example[torch.randperm(4)[:words]] = torch.tensor([0, 1, 3, 4, 5, 6])[number:][:words]
+    truth = layer_ggn(model, "words", (x,), lambda f: F.mse_loss(f, torch.zeros_like(f)))
+    factors = kronecker_factors(
+        model, x, likelihood="gaussian", kfac_approx=kfac_approx, fisher_type="type-2"
+    )
+    assert relative_error(factors["words"].to_dense(), truth) <= 1e-12

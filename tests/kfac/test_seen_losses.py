@@ -129,6 +129,44 @@ def test_losses_of_one_pass_add_up_with_their_weights():
     assert relative_error(found, truth) <= 1e-12
 
 
+@pytest.mark.parametrize("sizes", [(3, 3), (2, 4)])
+@pytest.mark.parametrize("parts_of", ["the batch", "the logits"])
+@pytest.mark.parametrize("fisher_type", ["type-2", "empirical"])
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+def test_parts_of_one_mean_have_its_curvature(kfac_approx, fisher_type, parts_of, sizes):
+    """A mean that is taken in parts, each by its share."""
+    model, x = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(6, 2)
+
+    def curvature(compute):
+        config = KFACConfig(kfac_approx, fisher_type=fisher_type)
+        kfac = Preconditioner(model, config)
+        with kfac.record():
+            loss = compute()
+        loss.backward()
+        kfac.precondition()
+        return kfac.curvature()
+
+    def parts():
+        if parts_of == "the batch":
+            logits = [model(part) for part in x.split(sizes)]
+        else:
+            logits = model(x).split(sizes)
+        losses = map(F.cross_entropy, logits, LABELS.split(sizes))
+        return sum(loss * size / 6 for loss, size in zip(losses, sizes, strict=True))
+
+    assert_same_factors(curvature(parts), curvature(lambda: F.cross_entropy(model(x), LABELS)))
+
+
+def test_weights_of_several_losses_are_relative_where_the_loss_is_scaled():
+    model, x = TwoHeads(), torch.zeros(6, 1)
+    found = [
+        recorded_curvature(model, x, lambda o, c=c: c * (two_losses(o)[0] + 0.4 * two_losses(o)[1]))
+        for c in (1, 1024, 0.25)
+    ]
+    for other in found[1:]:
+        assert_same_factors(other, found[0])
+
+
 def test_a_loss_that_is_not_trained_on_does_not_count():
     model, x = TwoHeads(), torch.randn(6, 1)
     both = recorded_curvature(model, x, lambda outputs: two_losses(outputs)[0])

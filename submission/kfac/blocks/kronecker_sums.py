@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -12,13 +13,20 @@ from torch import Tensor
 from ..linalg.factor import Factor
 from ..linalg.kfac import reduce
 from ..linalg.moments import SecondMoment
-from ..operations.operation import LinearOperation, own_copy
+from ..operations.operation import own_copy
 from ..operations.sharing import SharingError, count_rows, rows_per_example
 from .block import Collecting, Collector, HeardCall, Sums
 from .factors import Factors
 
 if TYPE_CHECKING:
     from .kronecker import KroneckerBlock
+
+
+OTHER_EXAMPLES = (
+    "its calls in one forward pass had {} and {} examples, and one loss reaches both; K-FAC-reduce "
+    "adds calls up example by example: give each part a loss of its own (of means, their weighted "
+    "sum is the mean of all), or take kfac_approx='expand'"
+)
 
 
 @dataclass(eq=False)
@@ -146,62 +154,82 @@ class ExpandCollector(KroneckerCollector):
             self.sums.rows.append((self._inputs[id(call)], rows))
 
 
+@dataclass
+class _Examples:
+    """The same examples in some calls: Σ a over their positions, R_n, and, once known, ā."""
+
+    calls: set[int]
+    a: Tensor
+    rows: Tensor
+    inputs: Tensor | None = None
+
+    def join(self, other: _Examples) -> _Examples:
+        """With the calls of other sums, example by example."""
+        if self.a.shape != other.a.shape:
+            raise SharingError(OTHER_EXAMPLES.format(self.a.shape[1], other.a.shape[1]))
+        calls = self.calls | other.calls
+        return _Examples(calls, self.a + other.a, self.rows + other.rows)
+
+
 class ReduceCollector(KroneckerCollector):
-    """K-FAC-reduce: an example's rows over all calls become one (eq. 10, eq. 55)."""
+    """K-FAC-reduce: an example's rows over all calls become one (eq. 10, eq. 55).
+
+    Calls have the same examples if one loss reaches them. Where the losses of a pass reach calls of
+    their own (parts of a batch, each with its loss), these have other examples.
+    """
 
     def __init__(self, block: KroneckerBlock, collecting: Collecting) -> None:
         super().__init__(block, collecting)
-        self._a: Tensor | None = None  # Σ a over the positions of each example
+        self._known: list[_Examples] = []
+        self._new: _Examples | None = None  # of calls first heard in the present backward pass
+        self._heard: set[int] = set()  # its calls
         self._g: Tensor | None = None
-        self._rows: Tensor | None = None  # R_n
-        self._inputs: Tensor | None = None  # ā
 
     def input(self, call: HeardCall) -> None:
         assert call.x is not None
-        operation: LinearOperation = call.operation
-        leading = operation.leading(call.x, call.sharing)
-        a = operation.summed_inputs(call.x, call.sharing, self._dtype)
-        rows = rows_per_example(leading, call.sharing, a)
-        if self._a is not None and self._a.shape != a.shape:
-            raise SharingError(
-                f"its calls in one forward pass had {self._a.shape[1]} and {a.shape[1]} "
-                "examples; K-FAC-reduce adds them up example by example"
-            )
-        self._a = a if self._a is None else self._a + a
-        self._rows = rows if self._rows is None else self._rows + rows
+        leading = call.operation.leading(call.x, call.sharing)
+        a = call.operation.summed_inputs(call.x, call.sharing, self._dtype)
+        found = _Examples({id(call)}, a, rows_per_example(leading, call.sharing, a))
+        self._new = found if self._new is None else self._new.join(found)
         self._note(leading, call)
         self._is_ragged |= call.sharing.is_ragged
 
     def gradient(self, call: HeardCall, g: Tensor) -> None:
         total = call.operation.summed_gradients(g, call.sharing, self._dtype)
+        if self._g is not None and self._g.shape != total.shape:
+            raise SharingError(OTHER_EXAMPLES.format(self._g.shape[1], total.shape[1]))
         self._g = total if self._g is None else self._g + total
+        self._heard.add(id(call))
 
     def end_pass(self, single: bool) -> None:
         if self._g is None:
             return
-        assert self._a is not None
-        assert self._rows is not None
-        self._inputs, rows = reduce(
-            self._a,
+        reached = [one for one in self._known if one.calls & self._heard]
+        self._known = [one for one in self._known if not one.calls & self._heard]
+        if self._new is not None:
+            reached.append(self._new)
+        examples = functools.reduce(_Examples.join, reached)
+        examples.inputs, rows = reduce(
+            examples.a,
             self._g,
-            self._rows,
+            examples.rows,
             ragged=self._is_ragged,
             scaling=self._collecting.ragged_scaling,
             ones=self._block.has_ones or self._block.has_separate_bias,
         )
+        self._known.append(examples)
         self._gradients().add_rows(rows)
         if self._keeps_rows:
-            self.sums.rows.append((self._inputs, rows))
-        self._g = None
+            self.sums.rows.append((examples.inputs, rows))
+        self._new, self._g, self._heard = None, None, set()
 
     def end(self) -> None:
-        if self._inputs is None:
-            return
-        assert self._rows is not None
         inputs = self.sums.inputs
-        inputs.add_rows(self._inputs)
-        self.sums.count = self.sums.count + (self._rows > 0).sum()
-        if self._block.has_separate_bias and not inputs.diagonal:
-            inputs.matrix()[:, :-1, -1] = 0
-            inputs.matrix()[:, -1, :-1] = 0
-        self._inputs = self._a = self._rows = None
+        for examples in self._known:
+            assert examples.inputs is not None
+            inputs.add_rows(examples.inputs)
+            self.sums.count = self.sums.count + (examples.rows > 0).sum()
+            if self._block.has_separate_bias and not inputs.diagonal:
+                inputs.matrix()[:, :-1, -1] = 0
+                inputs.matrix()[:, -1, :-1] = 0
+        self._known = []

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..blocks.block import Block, Collecting, Collector, HeardCall, Sums
 from ..blocks.structure import Structure
 from ..linalg.precision import own_products
+from ..operations.operation import LinearOperation
 from ..operations.record import Recording
 from ..operations.sharing import (
     Positions,
@@ -130,6 +131,12 @@ class Collection:
         if isinstance(sharing, Positions) and sharing.mask is not None and len(x) == 1:
             # Broadcast over the examples: a position counts if any of them has it.
             sharing = replace(sharing, mask=sharing.mask.any(0, keepdim=True))
+        operation = call.operation
+        if isinstance(operation, LinearOperation) and isinstance(sharing, Positions):
+            exist = operation.existing_rows(x)
+            if exist is not None:
+                mask = exist if sharing.mask is None else exist & sharing.mask
+                sharing = replace(sharing, mask=mask)
         return sharing
 
     def hear(self, call: Call, g: Tensor) -> None:

@@ -38,6 +38,7 @@ DROPPED = (
     "K-FAC: the statistics of a recorded pass are dropped: they were to come from the backward "
     "pass of its loss, which has not come (to its end) before the next record()"
 )
+SHARES_TOLERANCE = 1e-3  # of the sum of the weights of several losses
 NO_GRAPH = "the logits have no graph: they are detached, or were computed under no_grad"
 
 
@@ -148,7 +149,12 @@ class RecordedPass:
         output.register_hook(hear)  # type: ignore[no-untyped-call]
 
     def relative_weights(self) -> list[Tensor | None]:
-        """Of the mean of each loss, relative to the largest; None for 1."""
+        """Of the mean of each loss; None for 1.
+
+        As the loss that is trained on has them, where they add up to 1 (parts of one mean) or the
+        largest is 1 (a loss and others beside it). Else that loss was multiplied by something (a
+        gradient scaler, a share of an accumulated step), and they are relative to the largest.
+        """
         if len(self.losses) < 2 or not self.is_seen or all(w is None for w in self.weights):
             return [None] * len(self.losses)
         found = []
@@ -157,8 +163,10 @@ class RecordedPass:
                 found.append(torch.zeros_like(terms))
             else:
                 found.append(weight.abs().to(terms.dtype) * (terms if loss.is_sum else 1))
-        largest = torch.stack(found).amax()
-        return [weight / largest for weight in found]
+        together = torch.stack(found)
+        are_shares = (together.sum() - 1).abs() < SHARES_TOLERANCE
+        unit = torch.where(are_shares, torch.ones_like(together[0]), together.amax())
+        return [weight / unit for weight in found]
 
     def finish(self) -> dict[str, Sums]:
         """The sums; lets go of the graph."""

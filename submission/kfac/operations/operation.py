@@ -63,6 +63,11 @@ class LinearOperation(ABC):
         del approx
         return False
 
+    def existing_rows(self, x: Tensor) -> Tensor | None:
+        """Which rows of an input exist, [N, R] of bool; None for all."""
+        del x
+        return None
+
     @abstractmethod
     def leading(self, x: Tensor, sharing: Sharing) -> torch.Size:
         """[N, R] of the rows of an input for Positions, [rows] for Segments."""

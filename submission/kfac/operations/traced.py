@@ -277,6 +277,8 @@ class TracedGraph:
         wanted = [found for found in watched.found if self._owner.is_wanted(found.use)]
         if any(found.call.sharing is not None for found in wanted):
             raise RefusalError("an operation's first dimension does not count the examples")
+        if any(getattr(found.call.operation, "padding_idx", None) is not None for found in wanted):
+            raise RefusalError("an embedding leaves out the rows of its padding_idx")
         made = _Compiled([], [], recording.mixes_examples)
         module = self._with_statistics(wanted, made)
         for found in watched.found:
