@@ -173,6 +173,19 @@ def is_due(step: int, interval: int, *, early: bool) -> bool:
     return step % interval == 0 or (early and step < interval and step & (step - 1) == 0)
 
 
+def as_config(config: object) -> KFACConfig:
+    """The settings; those of None are the defaults.
+
+    Raises:
+        TypeError: they are no KFACConfig.
+    """
+    if config is None:
+        return KFACConfig()
+    if not isinstance(config, KFACConfig):
+        raise TypeError(f"config must be a KFACConfig(...), not {type(config).__name__}")
+    return config
+
+
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")

@@ -50,7 +50,7 @@ class KFAC(Optimizer):
     Args:
         model: a module, or (name, parameter) pairs; wrappers of DDP and torch.compile are looked
             through. Parameters that need no gradient are left out.
-        lr: learning rate; of `base` too.
+        lr: learning rate (default: 1e-3); not with `base`, which has its own.
         weight_decay: decoupled (AdamW's); not with `base`, which has its own.
         base: makes the optimizer that steps along the preconditioned gradient, from parameter
             groups: `lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9)`.
@@ -60,52 +60,57 @@ class KFAC(Optimizer):
             there.
 
     Raises:
-        ValueError: a setting that is not one, or out of its range.
+        ValueError: a setting that is not one, out of its range, or without effect on this rule.
     """
+
+    _checked: Mapping[str, Tensor] | None = None  # the parameters that the groups have
 
     def __init__(
         self,
         model: nn.Module | Iterable[tuple[str, nn.Parameter]],
-        lr: float = 1e-3,
+        lr: float | None = None,
         *,
         weight_decay: float = 0.0,
         base: BaseRule | None = None,
         groups: Iterable[dict[str, Any]] | None = None,
         **settings: Any,
     ) -> None:
-        if not lr >= 0:
-            raise ValueError(f"lr must be at least 0, not {lr}")
-        if not weight_decay >= 0:
-            raise ValueError(f"weight_decay must be at least 0, not {weight_decay}")
-        if base is not None and weight_decay:
-            raise ValueError("weight_decay belongs to the base optimizer: give it there")
-        defaults = DEFAULTS if base is None else WITH_BASE
-        try:
-            config = KFACConfig(**{**defaults, **settings})
-        except TypeError as error:
-            known = ", ".join(KFACConfig.__dataclass_fields__)
-            raise ValueError(f"{error}; the settings are {known}") from None
-        self.preconditioner = Preconditioner(_as_module(model), config)
-        named = self.preconditioner.parameters
-        super().__init__(
-            list(groups) if groups is not None else [{"params": list(named.values())}],
-            {"lr": lr, "weight_decay": weight_decay},
-        )
-        self._check_groups()
-        self.base = None if base is None else base(self.param_groups)
-        if self.base is not None:
+        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} must be at least 0, not {value}")
+            if base is not None and value:
+                raise ValueError(f"{name} belongs to the base optimizer: give it there")
+        self.preconditioner = Preconditioner(_as_module(model), _config(base, settings))
+        given = list(groups or [{"params": list(self.preconditioner.parameters.values())}])
+        if base is not None and not callable(base):
+            raise ValueError(
+                "base makes an optimizer from parameter groups, as `lambda groups: "
+                f"torch.optim.SGD(groups, lr=0.1)` does; it is no {type(base).__name__}"
+            )
+        self.base = None if base is None else base(given)
+        if self.base is None:
+            super().__init__(
+                given, {"lr": 1e-3 if lr is None else lr, "weight_decay": weight_decay}
+            )
+        else:
+            super().__init__(self.base.param_groups, self.base.defaults)
             self.base.param_groups = self.param_groups
+        self._check_groups()
+        known = {id(p) for p in self.preconditioner.parameters.values()}
+        trained = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        if any(id(p) not in known for p in trained):
+            raise ValueError("a parameter group has a parameter that is not one of the model's")
 
     def _check_groups(self) -> None:
-        """Whether the groups have all trainable parameters of the model, and no others."""
-        named = self.preconditioner.parameters
-        names = {id(parameter): name for name, parameter in named.items()}
-        given = [id(p) for group in self.param_groups for p in group["params"] if p.requires_grad]
-        missing = [name for number, name in names.items() if number not in given]
+        """Whether the groups have all trainable parameters of the model."""
+        self._checked = self.preconditioner.parameters
+        given = {id(p) for group in self.param_groups for p in group["params"]}
+        missing = [name for name, p in self._checked.items() if id(p) not in given]
         if missing:
-            raise ValueError(f"no parameter group has {missing[:5]}; give every parameter one")
-        if any(number not in names for number in given):
-            raise ValueError("a parameter group has a parameter that is not one of the model's")
+            raise ValueError(
+                f"no parameter group has {missing[:5]}; give every parameter one, by `groups`, or "
+                "by add_param_group where it was added, replaced or unfrozen later"
+            )
 
     # ---- one step -----------------------------------------------------------------------------
 
@@ -120,6 +125,8 @@ class KFAC(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step along the update.
 
+        After it `.grad` holds what was stepped along, not the gradient.
+
         Args:
             closure: records a forward pass and runs the backward pass, and returns the loss.
 
@@ -130,6 +137,8 @@ class KFAC(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.preconditioner.parameters is not self._checked:
+            self._check_groups()
         if self.base is not None:
             self.preconditioner.precondition()
             self.base.step()
@@ -173,8 +182,9 @@ class KFAC(Optimizer):
         """
         if ("base" in state_dict) != (self.base is not None):
             raise ValueError("the state is of a KFAC with another update rule: `base` differs")
-        kfac = state_dict["kfac"]
-        self.preconditioner.load_state_dict(kfac)
+        if "kfac" not in state_dict:
+            raise ValueError("the state is not of KFAC: it has no entry 'kfac'")
+        self.preconditioner.load_state_dict(state_dict["kfac"])
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         if self.base is not None:
             self.base.load_state_dict(state_dict["base"])
@@ -193,6 +203,22 @@ class KFAC(Optimizer):
     def describe(self) -> str:
         """The report as a text table."""
         return self.preconditioner.describe()
+
+
+def _config(base: BaseRule | None, settings: Mapping[str, Any]) -> KFACConfig:
+    try:
+        config = KFACConfig(**{**(DEFAULTS if base is None else WITH_BASE), **settings})
+    except TypeError as error:
+        known = ", ".join(KFACConfig.__dataclass_fields__)
+        raise ValueError(f"{error}; the settings are {known}") from None
+    for name in config.rule.ignores:
+        if name in settings:
+            raise ValueError(
+                f"{name} has no part in direction {config.direction!r}, the rule of KFAC "
+                f"{'with' if base is not None else 'without'} `base`: leave it out, or choose "
+                "another `direction`"
+            )
+    return config
 
 
 def _as_module(model: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> nn.Module:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .blocks.block import Block, write
 from .blocks.public import Curvature
 from .blocks.structure import Structure
-from .config import KFACConfig, check_damping, is_due
+from .config import KFACConfig, as_config, check_damping, is_due
 from .fisher import step as of_step
 from .fisher.likelihoods import Likelihood, as_likelihood
 from .fisher.losses import LossTerms, check_class_dim, check_statement, terms_of
@@ -49,8 +49,7 @@ logger = logging.getLogger(__name__)
 class Preconditioner:
     """Kronecker-factored preconditioner of a model's gradients.
 
-    With another `direction` than "preconditioned" it writes a finished update in place of the
-    preconditioned gradient.
+    With another `direction` than "preconditioned" it writes a finished update in its place.
 
     Args:
         model: any module; wrappers of DDP and torch.compile are looked through.
@@ -61,7 +60,7 @@ class Preconditioner:
     """
 
     def __init__(self, model: nn.Module, config: KFACConfig | None = None) -> None:
-        self.config = config or KFACConfig()
+        self.config = as_config(config)
         approx = self.config.kfac_approx
         self._state = KFACState(self.config.damping, None if approx == "auto" else approx)
         self._seen = SeenModel(model, self.config, self._state)
@@ -69,7 +68,7 @@ class Preconditioner:
         self._statistics = StepStatistics(self.config, self._device)
         self._pass: RecordedPass | None = None  # the last recorded one, until it is taken over
         self._states_losses = False  # whether losses are stated by `update`
-        self._was_recorded = False  # in this step
+        self._was_recorded = self._is_open = False  # in this step; at this moment
         self._rule: Rule | None = None  # made for the blocks and inverses that there are
 
     @property
@@ -163,11 +162,11 @@ class Preconditioner:
             self._drop_pass()
         self._end_pass()
         if not self.factors_due:
-            yield
-            return
+            return (yield)
         self._seen.follow()
         check_names(sharing, self._seen.names)
         recording = Recording(self._seen.tracked)
+        self._is_open = True
         try:
             may_sum = sharing is None and self._statistics.comes_with_loss
             with self._seen.followed_by(recording, may_sum=may_sum):
@@ -175,6 +174,8 @@ class Preconditioner:
         except BaseException:
             recording.release()
             raise
+        finally:
+            self._is_open = False
         self._pass = RecordedPass(recording, sharing)
         self._was_recorded = True
         if recording.losses and not self._states_losses:
@@ -264,9 +265,9 @@ class Preconditioner:
     def reduce_factors(self) -> None:
         """Starts to add up this step's statistics over the ranks, in the background.
 
-        Optional: `precondition` does it otherwise. Call it after the last `update` of a step and
-        before the loss's backward pass, which then hides the communication. Does nothing in a step
-        in which `update` was given the loss: on some rank the statistics may still have to come.
+        Optional: `precondition` does it. Call it after the last `update` of a step and before the
+        loss's backward pass, which hides it. Does nothing where `update` was given the loss: on
+        some rank the statistics may still have to come.
         """
         if collectives.world_size() == 1 or (self._pass is not None and self._pass.waits_for_loss):
             return
@@ -277,10 +278,8 @@ class Preconditioner:
     def precondition(self) -> None:
         """Replaces the gradients by preconditioned ones and ends the step.
 
-        First takes in the factors of this step, and renews the inverses when they are due.
-
-        Raises:
-            KFACError: `max_failures` updates in a row had to be dropped.
+        First takes in the factors of this step, and renews the inverses when they are due: may
+        raise what `refresh` does.
         """
         gradients = whole_gradients(self.parameters)
         done = self.directions(gradients)
@@ -315,13 +314,15 @@ class Preconditioner:
 
         Raises:
             KFACError: `max_failures` updates in a row had to be dropped.
-            RuntimeError: this step was to update the factors, but nothing was recorded, or no loss
-                is known, or its backward pass has not come.
+            RuntimeError: this step was to update the factors, but nothing was recorded, no loss is
+                known, or its backward pass has not come; or `record` has not ended.
         """
         with own_products(self.config.factor_precision, self._device.type):
             self._refresh()
 
     def _refresh(self) -> None:
+        if self._is_open:
+            raise RuntimeError(of_step.STILL_OPEN)
         if self._pass is not None and self._pass.waits_for_loss:
             self._drop_pass()
             raise RuntimeError(of_step.NOT_COME)
@@ -373,7 +374,7 @@ class Preconditioner:
 
     def describe(self) -> str:
         """The report as a text table."""
-        return format_report(self.report())
+        return f"{format_report(self.report())}\nupdate rule: {self.config.direction}"
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: without the graph of a pass, and what is made from the state again."""
@@ -393,8 +394,7 @@ class Preconditioner:
         restored = self._seen.restore(state, self._device)
         self._drop_pass()
         self._statistics.forget()
-        if state["seed"] != self.config.seed:
-            # Labels would be sampled otherwise than in the run that goes on.
+        if state["seed"] != self.config.seed:  # a run that goes on samples the same labels
             self.config = replace(self.config, seed=int(state["seed"]))
             self._statistics.config = self.config
         self._state, self._rule = restored, None

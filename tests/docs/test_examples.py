@@ -83,7 +83,7 @@ def test_an_update_rule(monkeypatch):
     monkeypatch.setitem(directions.RULES, "sign", names["Sign"])
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     optimizer = KFAC(
-        model, lr=0.1, direction="sign", base=lambda groups: torch.optim.SGD(groups, lr=0.1)
+        model, direction="sign", base=lambda groups: torch.optim.SGD(groups, lr=0.1)
     )
     before = [p.detach().clone() for p in model.parameters()]
     with optimizer.record():

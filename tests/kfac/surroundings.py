@@ -65,7 +65,7 @@ def batch(step: int, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
 def paper(model: nn.Module, **settings: Any) -> KFAC:
     """The paper's preconditioned gradient in front of SGD."""
     base = lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9)  # noqa: E731
-    return KFAC(model, lr=0.1, base=base, **{**PAPER, **settings})
+    return KFAC(model, base=base, **{**PAPER, **settings})
 
 
 def plain_step(model: nn.Module, optimizer: KFAC, x: torch.Tensor, y: torch.Tensor) -> None:

@@ -65,7 +65,7 @@ def preconditioned_gradients(model, **settings):
 
 def test_with_sgd_a_step_goes_along_the_solution_of_the_damped_system():
     model = net()
-    optimizer = KFAC(model, lr=0.1, base=sgd(), **SETTINGS)
+    optimizer = KFAC(model, base=sgd(0.1), **SETTINGS)
     before = [p.detach().clone() for p in model.parameters()]
     backward(model, optimizer)
     plain = [p.grad.clone() for p in model.parameters()]
@@ -103,7 +103,7 @@ def test_groups_have_learning_rates_and_weight_decays_of_their_own():
 @pytest.mark.parametrize("base", [None, sgd(0.3, momentum=0.9)], ids=["Adam", "SGD"])
 def test_a_scheduler_sets_the_learning_rate(base):
     model = net()
-    optimizer = KFAC(model, lr=0.3, base=base, **{} if base is None else SETTINGS)
+    optimizer = KFAC(model, base=base, **{} if base is None else SETTINGS)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step == 0))
     train(model, optimizer, 1)
     scheduler.step()  # to zero
@@ -139,8 +139,7 @@ def test_a_scaled_loss_gives_the_step_of_the_plain_one():
     model, plain = model.float(), plain.float()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     optimizer, reference = (
-        KFAC(m, lr=0.1, base=sgd(), **{**SETTINGS, "fisher_type": "empirical"})
-        for m in (model, plain)
+        KFAC(m, base=sgd(), **{**SETTINGS, "fisher_type": "empirical"}) for m in (model, plain)
     )
     for step in range(3):
         x, y = batch(step)
@@ -164,21 +163,21 @@ def test_a_scaled_loss_gives_the_step_of_the_plain_one():
 def test_a_run_goes_on_from_its_state_as_if_it_had_not_stopped(base, tmp_path):
     settings = {} if base is None else SETTINGS
     model = net()
-    optimizer = KFAC(model, lr=0.01, base=base, **settings)
+    optimizer = KFAC(model, base=base, **settings)
     optimizer.param_groups[0]["lr"] = 0.02  # as a scheduler would
     train(model, optimizer, 3)
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "s")
     saved = torch.load(tmp_path / "s", weights_only=True)
     other = net()
     other.load_state_dict(saved["model"])
-    resumed = KFAC(other, lr=0.01, base=base, **settings)
+    resumed = KFAC(other, base=base, **settings)
     resumed.load_state_dict(saved["optimizer"])
     assert resumed.param_groups[0]["lr"] == 0.02
     train(model, optimizer, 4, first=3)
     train(other, resumed, 4, first=3)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
-    wrong = KFAC(net(), lr=0.01, base=sgd() if base is None else None)
+    wrong = KFAC(net(), base=sgd() if base is None else None)
     with pytest.raises(ValueError, match="another update rule"):
         wrong.load_state_dict(saved["optimizer"])
 
@@ -232,7 +231,10 @@ def test_training_lowers_the_loss():
         ({"lr": -1.0}, "lr must be at least 0"),
         ({"lr": math.nan}, "lr must be at least 0"),
         ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
-        ({"weight_decay": 0.1, "base": sgd()}, "belongs to the base optimizer"),
+        ({"weight_decay": 0.1, "base": sgd()}, "weight_decay belongs to the base optimizer"),
+        ({"lr": 0.1, "base": sgd()}, "lr belongs to the base optimizer: give it there"),
+        ({"damping": 0.1}, "damping has no part in direction 'eigenbasis_polar'.*without `base`"),
+        ({"betas": (0.9, 0.9), "base": sgd()}, "betas has no part in direction 'preconditioned'"),
         ({"momentum": 0.9}, "momentum.*the settings are kfac_approx"),
         ({"damping": 0.0}, "damping must be positive"),
         ({"groups": [{"params": []}]}, "no parameter group has"),
@@ -264,3 +266,44 @@ def test_a_step_that_was_not_recorded_is_refused():
     F.cross_entropy(logits, y).backward()
     with pytest.raises(RuntimeError, match="no loss is known"):
         optimizer.step()
+
+
+def test_the_learning_rate_is_that_of_the_base():
+    model = net()
+    optimizer = KFAC(model, base=sgd(0.5, weight_decay=0.1), **SETTINGS)
+    assert optimizer.param_groups is optimizer.base.param_groups
+    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.5, 0.1)]
+    assert [g["lr"] for g in KFAC(net()).param_groups] == [1e-3]
+    groups = [{"params": model[0].parameters(), "lr": 0.2}, {"params": model[2].parameters()}]
+    optimizer = KFAC(model, base=sgd(0.5), groups=groups, **SETTINGS)
+    assert [g["lr"] for g in optimizer.param_groups] == [0.2, 0.5]
+
+
+def test_a_layer_that_was_replaced_is_not_left_out_without_a_word():
+    model = net()
+    optimizer = KFAC(model, lr=0.01)
+    model[2] = nn.Linear(model[2].in_features, 3)
+    backward(model, optimizer)
+    with pytest.raises(ValueError, match=r"no parameter group has \['2.weight', '2.bias'\].*repla"):
+        optimizer.step()
+    optimizer.add_param_group({"params": model[2].parameters()})
+    before = model[2].weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(model[2].weight, before)
+
+
+def test_what_belongs_behind_record_says_so():
+    model = net()
+    optimizer, (x, y) = KFAC(model, lr=0.01), batch()
+
+    def inside(step):
+        with optimizer.record():
+            F.cross_entropy(model(x), y).backward()
+            step()
+
+    with pytest.raises(RuntimeError, match="belong the forward pass and the loss alone"):
+        inside(lambda: None)
+    with pytest.raises(RuntimeError, match="the step ends inside"):
+        inside(optimizer.step)
+    backward(model, optimizer)
+    optimizer.step()

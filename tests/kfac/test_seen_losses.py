@@ -204,3 +204,13 @@ def test_heads_that_the_loss_does_not_reach_keep_the_raw_gradient():
     assert (row.preconditioner, row.reason) == (
         "raw gradient", "the loss has not reached it so far",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("weights", [None, torch.tensor([1.0, 1, 0, 1, 1, 0])])
+def test_weights_of_an_unreduced_loss_do_not_go_by_without_a_word(weights, caplog):
+    def total(logits):
+        terms = F.cross_entropy(logits, LABELS, reduction="none")
+        return terms.mean() if weights is None else (terms * weights).sum() / weights.sum()
+
+    recorded_curvature(perceptron(), torch.randn(6, 4), total)
+    assert ("have weights of their own" in caplog.text) == (weights is not None)

@@ -15,8 +15,11 @@ NOT_REACHED = (
     "no recorded layer is in the graph of the logits: they belong to another forward pass than the "
     "last one inside record(), or were computed from detached outputs"
 )
-
-
+FREED = (
+    "the graph of the recorded pass is gone, since a backward pass has come through it: inside "
+    "record() belong the forward pass and the loss alone, and update comes before "
+    "loss.backward() too (or keep the graph with retain_graph=True)"
+)
 REENTRANT = (
     "activation checkpointing with use_reentrant=True runs its part without a graph: use "
     "checkpoint(..., use_reentrant=False)"
@@ -36,19 +39,26 @@ def gradients(logits: Tensor, inputs: list[Any], vector: Tensor) -> Sequence[Ten
     Raises:
         GraphError: the graph cannot be used, and what to do about it.
     """
+    with graph_kept(), _no_delayed_reduction(logits):
+        grads: Sequence[Tensor | None] = torch.autograd.grad(
+            logits, inputs, vector.to(logits.dtype), retain_graph=True, allow_unused=True
+        )
+    return grads
+
+
+@contextmanager
+def graph_kept() -> Iterator[None]:
+    """Inside, gradients are taken through the graph of a recorded pass.
+
+    Raises:
+        GraphError: a backward pass has come through it already.
+    """
     try:
-        with _no_delayed_reduction(logits):
-            grads: Sequence[Tensor | None] = torch.autograd.grad(
-                logits, inputs, vector.to(logits.dtype), retain_graph=True, allow_unused=True
-            )
+        yield
     except RuntimeError as error:
         if "backward through the graph a second time" in str(error):
-            raise GraphError(
-                "the graph of the logits has been freed: call update before the loss's backward "
-                "pass (or keep the graph with retain_graph=True)"
-            ) from error
+            raise GraphError(FREED) from error
         raise
-    return grads
 
 
 @contextmanager

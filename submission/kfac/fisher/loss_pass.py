@@ -19,7 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from .. import tuning
 from .collect import Collection
-from .graph import GraphError, reaches_beside
+from .graph import GraphError, graph_kept, reaches_beside
 from .passes import FisherPass
 
 
@@ -100,7 +100,8 @@ def is_multiple(loss: Tensor, logits: Tensor, which: FisherPass, terms: Tensor) 
     """
     if not which.vector.any():
         return False
-    (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
+    with graph_kept():
+        (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
     return gradient is not None and bool(proportion(gradient, which.vector, terms).isfinite())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,14 @@ from torch import Tensor
 
 from ..operations.uses import SeenLoss
 from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+
+logger = logging.getLogger(__name__)
+
+UNEVEN = (
+    "K-FAC: the terms of a loss with reduction='none' have weights of their own in the loss that "
+    "is trained on (or some have none), but count alike in the curvature: state them by "
+    "update(logits, likelihood, mask=weights) after record()"
+)
 
 
 @dataclass(eq=False)
@@ -85,6 +94,17 @@ def terms_of(seen: SeenLoss) -> LossTerms:
     terms.output = seen.output
     terms.is_sum = seen.arguments.get("reduction", "mean") == "sum"
     return terms
+
+
+def watch_weights(output: Tensor) -> None:
+    """Has the backward pass warn if the terms of an unreduced loss do not count alike in it."""
+
+    def check(gradient: Tensor) -> None:
+        spread = gradient.detach().max() - gradient.detach().min()
+        if spread > 1e-3 * gradient.detach().abs().max():
+            logger.warning(UNEVEN)
+
+    output.register_hook(check)  # type: ignore[no-untyped-call]
 
 
 def check_statement(seen: Sequence[SeenLoss], logits: Tensor, likelihood: Likelihood) -> None:

@@ -17,13 +17,17 @@ from ..operations.sharing import SharingRule
 from ..ranks.collectives import Reduction, rank
 from .collect import Collection
 from .loss_pass import LossPass, is_multiple, may_share
-from .losses import LossTerms
+from .losses import LossTerms, watch_weights
 from .passes import fisher_passes
 from .sampling import sampling_seed
 
 NOT_RECORDED = (
     "this step updates the factors, but its forward pass was not recorded: run it inside "
     "`with kfac.record():`"
+)
+STILL_OPEN = (
+    "the step ends inside `with kfac.record():`: end that block after the loss; loss.backward() "
+    "and the step come behind it"
 )
 NO_LOSS = (
     "this step updates the factors, but no loss is known: compute it by one of torch's functions "
@@ -241,6 +245,7 @@ class StepStatistics:
         self._device = device
         self._generator: torch.Generator | None = None  # of this step, see `sampling_seed`
         self._is_multiple = False  # the last loss that was looked at, of the likelihood's
+        self._watched_weights = False  # of an unreduced loss's terms
         self._loss_given = False  # in this step: statistics come late, on one rank or all
         self._accumulated: Accumulated | None = None
         self._reduction: Reduction | None = None
@@ -270,6 +275,9 @@ class StepStatistics:
             alone: whether it is the only loss of the pass.
         """
         assert self._generator is not None
+        if loss.output is not None and loss.output.numel() > 1 and not self._watched_weights:
+            self._watched_weights = True
+            watch_weights(loss.output)
         # On all ranks alike, also on one that ran out of memory: else collectives change places.
         late = loss.output is not None and self.config.fisher_type == "empirical" and alone
         self._loss_given |= late

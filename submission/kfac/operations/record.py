@@ -237,7 +237,8 @@ class Recording(TorchFunctionMode):
                 found = self.alias(tensor)
                 if found is not None:
                     name = getattr(func, "__name__", str(func)).strip("_")
-                    self.others.setdefault(found.name, f"torch's `{name}`")
+                    how = " otherwise than as a linear map or unit by unit" * (func in HANDLERS)
+                    self.others.setdefault(found.name, f"torch's `{name}`{how}")
 
     # ---- losses -------------------------------------------------------------------------------
 

@@ -78,7 +78,10 @@ def take_in(
         message = f"memory ran out in {where}; from now on {share} of the examples are used"
         troubles.append(Trouble("memory", message))
         return None
-    message = "the batch gave non-finite statistics or had no valid label"
+    message = (
+        "the batch gave non-finite statistics (with a loss that grows: lower the learning rate, or "
+        "raise the damping) or had no valid label"
+    )
     if statistics.look_at_loss_again():
         message += ", or its loss was not a multiple of the likelihood's"
     troubles.append(Trouble("statistics", message))

@@ -46,10 +46,12 @@ class Rule(ABC):
         is_finished: whether the results are updates to be multiplied by a learning rate, of
             Adam's size; else they are preconditioned gradients.
         needs: name of a setting -> the values that the rule works with.
+        ignores: names of settings that it makes nothing of.
     """
 
     is_finished: ClassVar[bool] = False
     needs: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    ignores: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -72,6 +74,8 @@ class Rule(ABC):
 
 class Preconditioned(Rule):
     """(curvature + damping)⁻¹ times the gradients, of blocks that have an inverse."""
+
+    ignores = ("betas", "epsilon")
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -134,6 +138,7 @@ class EigenbasisAdam(Rule):
         "eigenvalue_correction": (False,),
         "inverse_placement": ("every_rank", "exchanged"),  # the moments are on every rank
     }
+    ignores = ("damping", "relative_damping")
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
