@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from experiments.optimizers import ablation, timing
@@ -10,9 +10,11 @@ from experiments.optimizers.logs import Log
 from experiments.optimizers.methods import METHODS, Point, point_key
 from experiments.optimizers.summary import (
     TaskLogs,
+    Uncertain,
     best_values,
     carried_over,
     mean_ratio,
+    product,
     reached,
     target_of,
 )
@@ -40,31 +42,50 @@ def tables(tasks: Sequence[TaskLogs], folder: Path) -> list[Table]:
 
 
 def overview(tasks: Sequence[TaskLogs], folder: Path) -> list[Table]:
-    """One table: each method's best metric, and its steps and time per step beside the rival's."""
+    """Each method's steps, and time, to the level that the rival just reaches, and best metric."""
     shown = [task for task in tasks if RIVAL in task.seeds]
-    targets = {task.name: target_of(task.seeds[RIVAL]) for task in shown}
-    seconds = {task.name: timing.read(folder, task.task, task.setting) for task in shown}
+    names = list(dict.fromkeys(name for task in shown for name in task.seeds))
+    steps = {task.name: _steps_of(task) for task in shown}
+    per_step = {
+        task.name: _per_step(timing.read(folder, task.task, task.setting), RIVAL) for task in shown
+    }
     label = METHODS[RIVAL].label
-    rows = []
-    for name in dict.fromkeys(name for task in shown for name in task.seeds):
-        cells = []
-        for task in shown:
-            runs, target = task.seeds.get(name, ()), targets[task.name]
-            own = reached(runs, target) if target is not None else None
-            steps = "-"
-            if own is not None and own.steps and own.all_did and target is not None:
-                steps = _ratio(own.steps, reached(task.seeds[RIVAL], target).steps)
-            best = plus_minus(best_values(runs)) if best_values(runs) else "-"
-            cells += [best, steps, _per_step(seconds[task.name], name, RIVAL)]
-        rows.append((METHODS[name].label, *cells))
-    header = ["method"]
-    for task in shown:
-        header += [f"{task.task}: {task.metric}", "steps", "time per step"]
-    what = (
-        f"best in budget; steps to the level that the worst seed of tuned {label} just reaches, "
-        f"and time per step, as multiples of {label}'s"
+
+    def table(what: str, columns: list[str], cell: Callable[[TaskLogs, str], str]) -> Table:
+        rows = [(METHODS[name].label, *(cell(task, name) for task in shown)) for name in names]
+        return Table(what, ("method", *columns), tuple(rows))
+
+    def steps_cell(task: TaskLogs, name: str) -> str:
+        return _text(steps[task.name].get(name))
+
+    def time_cell(task: TaskLogs, name: str) -> str:
+        return _text(product(steps[task.name].get(name), per_step[task.name].get(name)))
+
+    def best_cell(task: TaskLogs, name: str) -> str:
+        values = best_values(task.seeds.get(name, ()))
+        return plus_minus(values) if values else "-"
+
+    plain = [task.name for task in shown]
+    level = f"to the level that the worst seed of tuned {label} just reaches"
+    return (
+        [
+            table(f"steps {level}, as multiples of {label}'s", plain, steps_cell),
+            table(f"time {level}: these steps times the time per step", plain, time_cell),
+            table("best in budget", [f"{t.name}: {t.metric}" for t in shown], best_cell),
+        ]
+        if names
+        else []
     )
-    return [Table(what, tuple(header), tuple(rows))] if rows else []
+
+
+def _steps_of(task: TaskLogs) -> dict[str, Uncertain]:
+    """Method -> its steps to the rival's level, as multiples of the rival's, if all seeds did."""
+    target = target_of(task.seeds[RIVAL])
+    if target is None:
+        return {}
+    rival = reached(task.seeds[RIVAL], target).steps
+    own = {name: reached(runs, target) for name, runs in task.seeds.items()}
+    return {name: mean_ratio(r.steps, rival) for name, r in own.items() if r.steps and r.all_did}
 
 
 def title(task: TaskLogs) -> str:
@@ -85,6 +106,7 @@ def to_target(task: TaskLogs, reference: str, seconds: Mapping[str, Sequence[flo
     if target is None:
         return Table(f"{title(task)}: a seed of {label} gave no finite metric", header, ())
     base = reached(task.seeds[reference], target)
+    per_step = _per_step(seconds, reference)
     rows = []
     for name, runs in task.seeds.items():
         own = reached(runs, target)
@@ -94,7 +116,7 @@ def to_target(task: TaskLogs, reference: str, seconds: Mapping[str, Sequence[flo
                      plus_minus(own.seconds, 1), _ratio(own.seconds, base.seconds)]  # fmt: skip
         rows.append(
             (METHODS[name].label, plus_minus(best_values(runs)) if best_values(runs) else "-",
-             f"{len(own.steps)}/{own.runs}", *cells, _per_step(seconds, name, reference))
+             f"{len(own.steps)}/{own.runs}", *cells, _text(per_step.get(name)))
         )  # fmt: skip
     what = f"{task.metric} {sign} {target:.3f}, which the worst seed of tuned {label} just reaches"
     return Table(f"{title(task)}: {what}", header, tuple(rows))
@@ -216,14 +238,20 @@ def carrying(tasks: Sequence[TaskLogs]) -> list[Table]:
 
 
 def _ratio(a: Sequence[float], b: Sequence[float]) -> str:
-    ratio, error = mean_ratio(a, b)
-    return f"{ratio:.2f}" if error != error else f"{ratio:.2f} ± {error:.2f}"
+    return _text(mean_ratio(a, b))
 
 
-def _per_step(seconds: Mapping[str, Sequence[float]], name: str, reference: str) -> str:
-    """Mean and standard error of the ratios of the rounds, in which both took turns."""
-    if name not in seconds or reference not in seconds:
+def _text(value: Uncertain | None) -> str:
+    if value is None:
         return "-"
-    ratios = [a / b for a, b in zip(seconds[name], seconds[reference], strict=True)]
-    mean, error = mean_and_error(ratios)
-    return f"{mean:.2f}" if error != error else f"{mean:.2f} ± {error:.2f}"
+    return f"{value[0]:.2f}" if value[1] != value[1] else f"{value[0]:.2f} ± {value[1]:.2f}"
+
+
+def _per_step(seconds: Mapping[str, Sequence[float]], reference: str) -> dict[str, Uncertain]:
+    """Mean and standard error of the ratios of the rounds, in which all took turns."""
+    if reference not in seconds:
+        return {}
+    return {
+        name: mean_and_error([a / b for a, b in zip(own, seconds[reference], strict=True)])
+        for name, own in seconds.items()
+    }

@@ -110,7 +110,17 @@ def reached(runs: Sequence[Log], target: float) -> Reached:
     return Reached(len(runs), [float(h.step) for h in hits], [h.seconds for h in hits])
 
 
-def mean_ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+Uncertain = tuple[float, float]  # a mean and its standard error
+
+
+def product(a: Uncertain | None, b: Uncertain | None) -> Uncertain | None:
+    """The product of independent means, and its standard error to first order."""
+    if a is None or b is None:
+        return None
+    return a[0] * b[0], float(((a[1] * b[0]) ** 2 + (a[0] * b[1]) ** 2) ** 0.5)
+
+
+def mean_ratio(a: Sequence[float], b: Sequence[float]) -> Uncertain:
     """Mean of a over mean of b, and its standard error to first order."""
     (x, dx), (y, dy) = mean_and_error(list(a)), mean_and_error(list(b))
     ratio = x / y
@@ -140,9 +150,12 @@ class Carried:
 def carried_over(tasks: Sequence[TaskLogs], methods: Sequence[str]) -> list[Carried]:
     """Every setting that was tried on all tasks, from the tuning runs, the best first.
 
+    Tasks that NAdamW was not tuned on are left out.
+
     `slowdown` is its steps to what tuned NAdamW reaches in tuning, as a multiple of the fewest of
     all settings of all these methods; `loss` how far its best metric is behind theirs.
     """
+    tasks = [task for task in tasks if "nadamw" in task.tuning]
     per_task: list[dict[tuple[str, str], Log]] = []
     fewest: dict[str, float | None] = {}
     top: dict[str, float] = {}

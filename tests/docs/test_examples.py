@@ -82,9 +82,7 @@ def test_an_update_rule(monkeypatch):
     exec(block("engine.md", "class Sign"), names)
     monkeypatch.setitem(directions.RULES, "sign", names["Sign"])
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-    optimizer = KFAC(
-        model, direction="sign", base=lambda groups: torch.optim.SGD(groups, lr=0.1)
-    )
+    optimizer = KFAC(model, direction="sign", base=lambda groups: torch.optim.SGD(groups, lr=0.1))
     before = [p.detach().clone() for p in model.parameters()]
     with optimizer.record():
         loss = F.cross_entropy(model(torch.randn(6, 4)), torch.randint(3, (6,)))
