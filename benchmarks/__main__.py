@@ -25,7 +25,7 @@ GPU_PARTS = tuple(part.name for part in gpu_check.PARTS)
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
+        prog="./run.sh benchmarks",
         description="Speed and memory of K-FAC steps, beside other libraries and plain SGD.",
     )
     commands = parser.add_subparsers(dest="command", required=True)

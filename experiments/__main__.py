@@ -71,7 +71,7 @@ def _list(console: Console) -> None:
 def _run_one(experiment: Experiment, flags: list[str], console: Console) -> None:
     module = experiment.load()
     parser = argparse.ArgumentParser(
-        prog=f"python -m experiments {experiment.name}",
+        prog=f"./run.sh experiments {experiment.name}",
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -102,7 +102,7 @@ def _run_one(experiment: Experiment, flags: list[str], console: Console) -> None
 
 
 def _run_all(flags: list[str], console: Console) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments all", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="./run.sh experiments all", allow_abbrev=False)
     parser.add_argument("--small", action="store_true", help="sizes for half an hour on 2 cores")
     _add_folder(parser)
     page.add_flags(parser)
@@ -129,7 +129,7 @@ def _run_all(flags: list[str], console: Console) -> int:
 
 
 def _write_page(flags: list[str], console: Console) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments page", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="./run.sh experiments page", allow_abbrev=False)
     _add_folder(parser)
     page.add_flags(parser)
     options = parser.parse_args(flags)

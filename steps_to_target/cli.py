@@ -33,10 +33,10 @@ layouts (RUNS may be any level of them, or several):
 The method is the experiment's (or submission's) folder name; studies are seeds or repeated tuning.
 
 examples:
-  python -m steps_to_target runs/latest --reference nesterov --html report.html
-  python -m steps_to_target logs/shampoo logs/baseline --reference baseline --plot curves.svg
-  python -m steps_to_target runs --workloads ogbg,imagenet_vit --json result.json --csv runs.csv
-  WANDB_MODE=offline python -m steps_to_target runs --to-wandb kfac-algoperf
+  ./run.sh compare runs/latest --reference nesterov --html report.html
+  ./run.sh compare logs/shampoo logs/baseline --reference baseline --plot curves.svg
+  ./run.sh compare runs --workloads ogbg,imagenet_vit --json result.json --csv runs.csv
+  WANDB_MODE=offline ./run.sh compare runs --to-wandb kfac-algoperf
 
 exit status: 0, or 2 with one line on the error output when the request cannot be answered
 """
@@ -47,13 +47,13 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:  # type: ignore[override]
         """Turn argparse's usage error into the package's own."""
-        raise CompareError(f"{message} (see python -m steps_to_target --help)")
+        raise CompareError(f"{message} (see ./run.sh compare --help)")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line's options."""
     parser = _Parser(
-        prog="python -m steps_to_target",
+        prog="./run.sh compare",
         description="Compare training runs: steps and time to the validation target, with the "
         "status of every run, ratios to a reference, and warnings where runs are not comparable.",
         epilog=_EPILOG,

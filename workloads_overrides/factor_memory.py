@@ -177,7 +177,7 @@ def layer_table(memory: Memory) -> Table:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the tables; returns 1 if a workload exceeds its budget."""
     known = recorded_workloads()
-    parser = argparse.ArgumentParser(prog="workloads_overrides.factor_memory", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="./run.sh memory", allow_abbrev=False)
     parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=", ".join(known))
     parser.add_argument("--kfac_approx", choices=("expand", "reduce"), default="reduce")
     parser.add_argument("--max_factor_side", type=int, default=KFACConfig.max_factor_side)

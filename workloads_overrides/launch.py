@@ -99,7 +99,7 @@ def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     launcher does not know is left to the runner.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m workloads_overrides.launch",
+        prog="./run.sh algoperf",
         usage="%(prog)s [options] [--] FLAGS OF THE SUBMISSION RUNNER",
         description=(__doc__ or "").partition("\n")[0],
         epilog=EXAMPLE,
