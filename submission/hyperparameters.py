@@ -37,7 +37,7 @@ def _self_tuned() -> dict[str, Any]:
         "renewal": "together",  # as it was studied; in turns steps are of equal length
         "beta1": beta1,
         "beta2": beta2,
-        "learning_rate": 0.01,
+        "learning_rate": 0.015,
         "schedule": "warmup_linear",
         "warmup_fraction": 0.05,
         "step_hint_factor": 0.75,

@@ -22,6 +22,7 @@ from experiments.tables import Table, mean_and_error, plus_minus
 
 REFERENCE = "nadamw"
 RIVAL = "soap"
+BEST, ONE_SETTING = "kfac_reduce_polar", "one_setting"
 SEARCHED_REFERENCES = ("nesterov", "nadamw", "soap")
 OURS = tuple(name for name in METHODS if name.startswith("kfac_"))
 
@@ -44,15 +45,22 @@ def tables(tasks: Sequence[TaskLogs], folder: Path) -> list[Table]:
 def overview(tasks: Sequence[TaskLogs], folder: Path) -> list[Table]:
     """Each method's steps, and time, to the level that the rival just reaches, and best metric."""
     shown = [task for task in tasks if RIVAL in task.seeds]
+    runs = {task.name: {**task.seeds, ONE_SETTING: task.one_setting} for task in shown}
     names = list(dict.fromkeys(name for task in shown for name in task.seeds))
-    steps = {task.name: _steps_of(task) for task in shown}
+    labels = {name: METHODS[name].label for name in names}
+    if all(task.one_setting for task in shown):
+        labels[ONE_SETTING] = f"{METHODS[BEST].label}, one setting for all"
+    steps = {task.name: _steps_of(task, runs[task.name]) for task in shown}
     per_step = {
         task.name: _per_step(timing.read(folder, task.task, task.setting), RIVAL) for task in shown
     }
+    for times in per_step.values():
+        if BEST in times:
+            times[ONE_SETTING] = times[BEST]
     label = METHODS[RIVAL].label
 
     def table(what: str, columns: list[str], cell: Callable[[TaskLogs, str], str]) -> Table:
-        rows = [(METHODS[name].label, *(cell(task, name) for task in shown)) for name in names]
+        rows = [(text, *(cell(task, name) for task in shown)) for name, text in labels.items()]
         return Table(what, ("method", *columns), tuple(rows))
 
     def steps_cell(task: TaskLogs, name: str) -> str:
@@ -62,7 +70,7 @@ def overview(tasks: Sequence[TaskLogs], folder: Path) -> list[Table]:
         return _text(product(steps[task.name].get(name), per_step[task.name].get(name)))
 
     def best_cell(task: TaskLogs, name: str) -> str:
-        values = best_values(task.seeds.get(name, ()))
+        values = best_values(runs[task.name].get(name, ()))
         return plus_minus(values) if values else "-"
 
     plain = [task.name for task in shown]
@@ -78,13 +86,13 @@ def overview(tasks: Sequence[TaskLogs], folder: Path) -> list[Table]:
     )
 
 
-def _steps_of(task: TaskLogs) -> dict[str, Uncertain]:
+def _steps_of(task: TaskLogs, runs: Mapping[str, Sequence[Log]]) -> dict[str, Uncertain]:
     """Method -> its steps to the rival's level, as multiples of the rival's, if all seeds did."""
     target = target_of(task.seeds[RIVAL])
     if target is None:
         return {}
     rival = reached(task.seeds[RIVAL], target).steps
-    own = {name: reached(runs, target) for name, runs in task.seeds.items()}
+    own = {name: reached(logs, target) for name, logs in runs.items()}
     return {name: mean_ratio(r.steps, rival) for name, r in own.items() if r.steps and r.all_did}
 
 

@@ -3,7 +3,8 @@
 1. *Tuning*: every point of every method, one run each with a seed of its own.
 2. *Seeds*: the point whose tuning run had the best metric, with the seeds of the study.
 3. *Timing*: steps of all methods taken in turns, since other work on the machine changes speeds.
-4. *Search space*: the points of tuning_search_space.json, one run each with the seed of tuning.
+4. *Search space*: the points of tuning_search_space.json, one run each with the seed of tuning; the
+   first also with the seeds of the study.
 5. *Ablation*: one setting of the best of ours changed at a time.
 
 A run that has a log is not done again.
@@ -60,10 +61,16 @@ class Study:
                         yield task, Run(task.name, task.setting, name, point, seed)
 
     def search_space(self) -> Iterator[tuple[Task, Run]]:
-        """The points that the submission ships, on every task."""
+        """The points that the submission ships, on every task.
+
+        The first, which is the one setting for all tasks, also with the study's seeds.
+        """
         for task in self.tasks:
-            for point in search_space_points():
+            points = search_space_points()
+            for point in points:
                 yield task, Run(task.name, task.setting, SEARCH_SPACE, point, TUNING_SEED)
+            for seed in self.seeds:
+                yield task, Run(task.name, task.setting, SEARCH_SPACE, points[0], seed)
 
     def ablation(self) -> Iterator[tuple[Task, Run]]:
         """The bases of the ablation and their changes, with the study's seeds."""

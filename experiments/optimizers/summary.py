@@ -25,6 +25,7 @@ class TaskLogs:
         seeds: method -> the runs of its chosen point, by seed.
         ablation: point key -> the runs with that point, by seed.
         search_space: the runs of the submission's search space as it is now.
+        one_setting: the runs of its first point with the study's seeds.
     """
 
     task: str
@@ -35,6 +36,7 @@ class TaskLogs:
     seeds: Mapping[str, Sequence[Log]]
     ablation: Mapping[str, Sequence[Log]]
     search_space: Sequence[Log]
+    one_setting: Sequence[Log] = ()
 
     @property
     def name(self) -> str:
@@ -73,14 +75,18 @@ def _task_logs(found: Sequence[Log]) -> TaskLogs:
     for log in found:
         if log.run.method == "ablation":
             ablation.setdefault(point_key(log.run.point), []).append(log)
-    space = {point_key(point) for point in search_space_points()}
+    space = [point_key(point) for point in search_space_points()]
+    own = [log for log in found if log.run.method == SEARCH_SPACE]
     searched = [
-        log for log in found if log.run.method == SEARCH_SPACE and point_key(log.run.point) in space
+        log for log in own if point_key(log.run.point) in space and log.run.seed == TUNING_SEED
+    ]
+    one = [
+        log for log in own if point_key(log.run.point) == space[0] and log.run.seed != TUNING_SEED
     ]
     first = found[0]
     return TaskLogs(
         first.run.task, first.run.setting, first.metric, first.higher_is_better,
-        tuning, seeds, ablation, searched,
+        tuning, seeds, ablation, searched, sorted(one, key=lambda log: log.run.seed),
     )  # fmt: skip
 
 

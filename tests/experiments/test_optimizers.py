@@ -201,16 +201,18 @@ def test_the_overview_has_each_methods_steps_as_multiples_of_soaps(tmp_path: Pat
     soap = [log("soap", seed, [0.1, 0.5, 0.9]) for seed in (1, 2)]
     ours = [log("kfac_reduce_polar", seed, [0.4, 0.9]) for seed in (1, 2)]
     task = summary.TaskLogs("rings", soap[0].run.setting, "accuracy", True, {},
-                            {"soap": soap, "kfac_reduce_polar": ours}, {}, [])  # fmt: skip
+                            {"soap": soap, "kfac_reduce_polar": ours}, {}, [],
+                            [log("soap", 1, [0.2, 0.9])])  # fmt: skip
     timing.path(tmp_path, "rings").parent.mkdir()
     measured = {"soap": [1.0, 2.0], "kfac_reduce_polar": [1.2, 2.4]}
     timing.path(tmp_path, "rings").write_text(
         json.dumps({"setting": dict(task.setting), "seconds_per_step": measured})
     )
     steps, seconds, best = report.overview([task], tmp_path)
-    assert [row[1] for row in steps.rows] == ["1.00 ± 0.00", "0.67 ± 0.00"]
-    assert [row[1] for row in seconds.rows] == ["1.00 ± 0.00", "0.80 ± 0.00"]
-    assert [row[1] for row in best.rows] == ["0.900 ± 0.000", "0.900 ± 0.000"]
+    assert [row[1] for row in steps.rows] == ["1.00 ± 0.00", "0.67 ± 0.00", "0.67"]
+    assert [row[1] for row in seconds.rows] == ["1.00 ± 0.00", "0.80 ± 0.00", "0.80"]
+    assert [row[1] for row in best.rows] == ["0.900 ± 0.000", "0.900 ± 0.000", "0.900"]
+    assert best.rows[2][0] == "K-FAC-reduce, polar factor, one setting for all"
     assert steps.header == seconds.header == ("method", "rings, 40 steps")
     assert summary.product((2.0, 0.1), (3.0, 0.2)) == (6.0, pytest.approx(0.5))
 
