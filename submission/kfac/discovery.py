@@ -11,7 +11,7 @@ from torch.autograd.graph import Node
 from .blocks.structure import Options, Structure, structure_of
 from .config import KFACConfig
 from .fisher.graph import leaves_beside
-from .fisher.losses import LossTerms
+from .fisher.losses import LossTerms, have_other_rows
 from .operations.operation import UnitOperation
 from .operations.record import Recording
 from .operations.sharing import Positions, SharingRule, example_dim, is_stated
@@ -92,9 +92,17 @@ def place_examples(
     Returns:
         Calls of scales and shifts where it cannot be told: every row would count as an example.
     """
-    examples = {loss.logits.shape[loss.likelihood.example_dim(loss.logits)] for loss in losses}
+    # Chunks of outputs have other numbers of rows than there are examples.
+    chunks = {
+        id(one): one.logits._base
+        for one in losses
+        if any(have_other_rows(one.logits, other.logits) for other in losses if other is not one)
+    }
+    examples = {len(whole) for whole in chunks.values() if whole is not None}
+    apart = [loss for loss in losses if id(loss) not in chunks]
+    examples |= {loss.logits.shape[loss.likelihood.example_dim(loss.logits)] for loss in apart}
     # Of outputs with positions of their own, these may be in front of the examples.
-    in_front = examples.union(*(loss.likelihood.term_shape(loss.logits)[:2] for loss in losses))
+    in_front = examples.union(*(loss.likelihood.term_shape(loss.logits)[:2] for loss in apart))
     unplaced = []
     for call in recording.calls:
         labels = [piece.label for piece in call.use.pieces]

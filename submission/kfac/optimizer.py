@@ -75,13 +75,14 @@ class KFAC(Optimizer):
         groups: Iterable[dict[str, Any]] | None = None,
         **settings: Any,
     ) -> None:
-        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        for name, value in (("lr", lr), ("weight_decay", weight_decay or None)):
             if value is not None and not value >= 0:
                 raise ValueError(f"{name} must be at least 0, not {value}")
-            if base is not None and value:
+            if base is not None and value is not None:
                 raise ValueError(f"{name} belongs to the base optimizer: give it there")
         self.preconditioner = Preconditioner(_as_module(model), _config(base, settings))
-        given = list(groups or [{"params": list(self.preconditioner.parameters.values())}])
+        everything = [{"params": list(self.preconditioner.parameters.values())}]
+        given = everything if groups is None else list(groups)
         if base is not None and not callable(base):
             raise ValueError(
                 "base makes an optimizer from parameter groups, as `lambda groups: "

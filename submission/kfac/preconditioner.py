@@ -200,13 +200,11 @@ class Preconditioner:
             likelihood: "categorical", "bernoulli", "gaussian" or a `Likelihood`.
             mask: which terms count (bool or weights), see `likelihoods`.
             targets: the labels, for fisher_type="empirical" and ignore_index only.
-            loss: what the caller's backward pass starts from, or a multiple of it, if there will
-                be just one before the next `record` or `precondition`. Where the statistics can
-                come from that pass (see `fisher.loss_pass`), no Fisher pass is made.
+            loss: what the one backward pass before the next `record` or `precondition` starts from,
+                or a multiple. Where statistics can come from it, no Fisher pass is made.
 
         Raises:
-            RuntimeError: this step needs factors, but the forward pass was not recorded, or the
-                logits have no graph of it.
+            RuntimeError: the forward pass was not recorded, or the logits have no graph of it.
         """
         if not self.factors_due:
             return
@@ -227,20 +225,22 @@ class Preconditioner:
         recorded, state = self._pass, self._state
         assert recorded is not None
         is_new = not recorded.losses or (recorded.is_seen and not is_seen)
-        self._seen.discover(recorded, losses)
-        if is_new:
-            if self.config.factor_decay == 0 and not self._statistics.is_begun:
-                # Without a moving average the new sums take the memory of the old ones. If this
-                # update fails the inverses stay in use.
-                self._seen.forget_averages(recorded)
-            collection = self._seen.collection(recorded)
-            self._statistics.begin(recorded, collection, state.step, is_seen)
-        alone = is_new and len(losses) == 1
-        for loss in losses:
-            self._statistics.collect(recorded, loss, alone=alone)
-        if is_seen and len(losses) > 1:
-            for number in range(len(losses)):
-                recorded.weigh(number)
+        try:
+            self._seen.discover(recorded, losses)
+            if is_new:
+                if self.config.factor_decay == 0 and not self._statistics.is_begun:
+                    # The new sums take the memory of the old ones; inverses stay in any case.
+                    self._seen.forget_averages(recorded)
+                collection = self._seen.collection(recorded)
+                self._statistics.begin(recorded, collection, state.step, is_seen)
+            for loss in losses:
+                self._statistics.collect(recorded, loss, alone=is_new and len(losses) == 1)
+        except BaseException:
+            self._was_recorded = False
+            self._drop_pass()
+            raise
+        if is_seen:
+            recorded.weigh()
 
     # ---- one step: from statistics to gradients --------------------------------------------------
 

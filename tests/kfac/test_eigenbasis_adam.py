@@ -9,7 +9,7 @@ from nets import Mean
 from torch import nn
 
 from submission.kfac import KFACConfig, Preconditioner
-from submission.kfac.linalg.polar import polar_factor
+from submission.kfac.linalg.polar import polar_factor, with_equal_singular_values
 from submission.optimizers import NAdamW
 
 BETAS, EPSILON = (0.9, 0.99), 1e-8
@@ -251,6 +251,16 @@ def test_the_polar_factor_of_few_directions_is_in_them_and_of_none_is_zero():
     torch.testing.assert_close(found[:2], torch.ones(2), rtol=0, atol=2e-3)
     assert found[2:].max() < 1e-6
     assert not polar_factor(torch.zeros(3, 4)).any()
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-22, 1.0, 1e30])
+def test_the_polar_factor_has_the_norm_of_the_matrix_whatever_its_size(size):
+    matrix = torch.randn(5, 3, dtype=torch.float32)
+    found = with_equal_singular_values(matrix * size).double() / size
+    expected = polar(matrix.double()) * matrix.double().norm() / 3**0.5
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    for shape in [(0, 5), (5, 0), (0, 3, 4), (1, 4)]:
+        assert with_equal_singular_values(torch.ones(shape)).shape == shape
 
 
 def test_eigenbasis_polar_is_the_polar_factor_of_adams_update_of_its_norm():

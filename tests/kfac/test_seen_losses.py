@@ -129,32 +129,65 @@ def test_losses_of_one_pass_add_up_with_their_weights():
     assert relative_error(found, truth) <= 1e-12
 
 
-@pytest.mark.parametrize("sizes", [(3, 3), (2, 4)])
-@pytest.mark.parametrize("parts_of", ["the batch", "the logits"])
+PARTS = {
+    "the batch": lambda model, x: [model(part) for part in x.split((2, 4))],
+    "chunks of the outputs": lambda model, x: model(x).split((2, 4)),
+    "chunks of outputs with positions": lambda model, x: model(x.view(3, 2, 2)).split((1, 2)),
+    "every other output": lambda model, x: [(outputs := model(x))[0::2], outputs[1::2]],
+}
+
+
+@pytest.mark.parametrize("scale", [1, 1024, 0.25])
+@pytest.mark.parametrize("parts_of", PARTS)
 @pytest.mark.parametrize("fisher_type", ["type-2", "empirical"])
 @pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
-def test_parts_of_one_mean_have_its_curvature(kfac_approx, fisher_type, parts_of, sizes):
-    """A mean that is taken in parts, each by its share."""
+def test_parts_of_one_mean_have_its_curvature(kfac_approx, fisher_type, parts_of, scale):
+    """A mean that is taken in parts, each by its share; whatever the loss is scaled by."""
     model, x = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(6, 2)
+    labels = torch.cat([LABELS[0::2], LABELS[1::2]]) if "every" in parts_of else LABELS
 
     def curvature(compute):
-        config = KFACConfig(kfac_approx, fisher_type=fisher_type)
-        kfac = Preconditioner(model, config)
+        kfac = Preconditioner(model, KFACConfig(kfac_approx, fisher_type=fisher_type))
         with kfac.record():
             loss = compute()
-        loss.backward()
+        (scale * loss).backward()
         kfac.precondition()
         return kfac.curvature()
 
+    def whole():
+        logits = model(x.view(3, 2, 2) if "positions" in parts_of else x)
+        return F.cross_entropy(logits.flatten(0, -2), LABELS)
+
     def parts():
-        if parts_of == "the batch":
-            logits = [model(part) for part in x.split(sizes)]
-        else:
-            logits = model(x).split(sizes)
-        losses = map(F.cross_entropy, logits, LABELS.split(sizes))
+        logits = [part.flatten(0, -2) for part in PARTS[parts_of](model, x)]
+        sizes = [len(part) for part in logits]
+        losses = map(F.cross_entropy, logits, labels.split(sizes))
         return sum(loss * size / 6 for loss, size in zip(losses, sizes, strict=True))
 
-    assert_same_factors(curvature(parts), curvature(lambda: F.cross_entropy(model(x), LABELS)))
+    assert_same_factors(curvature(parts), curvature(whole))
+
+
+def test_parts_with_losses_beside_each_other_and_accumulated_ones():
+    model, x = TwoHeads(), torch.randn(6, 1)
+
+    def curvature(parts, accumulated):
+        kfac = Preconditioner(model, KFACConfig("expand", fisher_type="type-2"))
+        for number in range(accumulated):
+            with kfac.record():
+                loss = 0
+                for part in torch.arange(6)[number::accumulated].chunk(parts):
+                    one, two = model(x[part])
+                    own = F.cross_entropy(one, LABELS[part]) + 0.4 * F.mse_loss(
+                        two, BINARY[part, :2].double()
+                    )
+                    loss = loss + own / (parts * accumulated)
+            loss.backward()
+        kfac.precondition()
+        return kfac.curvature()
+
+    expected = curvature(1, 1)
+    for parts, accumulated in ((1, 2), (3, 1), (1, 3)):
+        assert_same_factors(curvature(parts, accumulated), expected)
 
 
 def test_weights_of_several_losses_are_relative_where_the_loss_is_scaled():
@@ -206,11 +239,15 @@ def test_heads_that_the_loss_does_not_reach_keep_the_raw_gradient():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("weights", [None, torch.tensor([1.0, 1, 0, 1, 1, 0])])
-def test_weights_of_an_unreduced_loss_do_not_go_by_without_a_word(weights, caplog):
+@pytest.mark.parametrize("weights", [None, torch.tensor([1.0, 2, 0, 1, 1, 0])])
+@pytest.mark.parametrize("ignored", [-100, 2])
+def test_weights_of_an_unreduced_loss_do_not_go_by_without_a_word(weights, ignored, caplog):
     def total(logits):
-        terms = F.cross_entropy(logits, LABELS, reduction="none")
-        return terms.mean() if weights is None else (terms * weights).sum() / weights.sum()
+        terms = F.cross_entropy(logits, LABELS, reduction="none", ignore_index=ignored)
+        if ignored == 2:
+            terms = terms[LABELS != 2]
+        used = weights if weights is None or ignored != 2 else weights[LABELS != 2]
+        return terms.mean() if used is None else (terms * used).sum() / used.sum()
 
     recorded_curvature(perceptron(), torch.randn(6, 4), total)
     assert ("have weights of their own" in caplog.text) == (weights is not None)

@@ -31,11 +31,11 @@ CASES = {
     "Adam in the eigenbasis": {"lr": 0.01, "direction": "eigenbasis_adam", **TWICE},
     # All outputs instead of samples: the draws of several ranks cannot be those of one.
     "the paper's": {
-        "lr": 0.01, "fisher_type": "type-2", "damping": 0.1, "kfac_approx": "expand", **TWICE,
+        "fisher_type": "type-2", "damping": 0.1, "kfac_approx": "expand", **TWICE,
         "base": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.5),
     },
     "one rank has an inverse": {
-        "lr": 0.01, "fisher_type": "type-2", "damping": 0.1, "kfac_approx": "reduce", **TWICE,
+        "fisher_type": "type-2", "damping": 0.1, "kfac_approx": "reduce", **TWICE,
         "base": lambda groups: torch.optim.SGD(groups, lr=0.01),
         "inverse_placement": "one_rank",
     },

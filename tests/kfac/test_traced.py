@@ -224,6 +224,37 @@ def test_it_compiles_once():
     assert backend.frame_count == 2
 
 
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_model_that_is_called_twice_in_a_pass(parts):
+    """Also in the pass in which the sizes of its inputs come for the second time."""
+
+    def factors(compiled):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4))
+        call = torch.compile(model, backend="aot_eager") if compiled else model
+        kfac = preconditioner(call)
+        for step in range(4):
+            generator = torch.Generator().manual_seed(step)
+            x = torch.randn(8, 5, 3, generator=generator)
+            y = torch.randint(4, (4,), generator=generator)
+            with kfac.record():
+                if step == 0:
+                    loss = F.cross_entropy(call(x).mean(1), torch.cat([y, y]))
+                elif parts:
+                    loss = sum(F.cross_entropy(call(part).mean(1), y) / 2 for part in x.split(4))
+                else:
+                    loss = F.cross_entropy(sum(call(part).mean(1) for part in x.split(4)), y)
+            loss.backward()
+            kfac.precondition()
+            model.zero_grad()
+        return kfac.curvature()
+
+    plain, found = factors(False), factors(True)
+    for name, block in plain.items():
+        for key in ("input_covariance", "gradient_covariance"):
+            torch.testing.assert_close(getattr(found[name], key), getattr(block, key))
+
+
 def test_there_may_be_many_compiled_models():
     """PyTorch compiles one function at most eight times."""
     for _ in range(10):

@@ -47,6 +47,7 @@ class Collection:
         out_of_memory: what was being done when memory ran out, in words; None if it did not. The
             sums are of no use then.
         examples: name of a block -> number of examples that its last call had.
+        reached: number of a loss -> the calls that its gradients came to.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Collection:
         self._waiting: list[tuple[str, Call, HeardCall]] = []  # whose inputs are to be taken
         self.out_of_memory: str | None = None
         self.examples: dict[str, int] = {}
+        self.reached: dict[int, set[int]] = {}
         self._diagonals = [b for b in self._blocks.values() if b.needs_own_gradients]
         for block in self._diagonals:
             self._collectors[block.name] = self._collector(block)
@@ -133,9 +135,9 @@ class Collection:
             sharing = replace(sharing, mask=sharing.mask.any(0, keepdim=True))
         operation = call.operation
         if isinstance(operation, LinearOperation) and isinstance(sharing, Positions):
-            exist = operation.existing_rows(x)
+            exist = operation.existing_rows(x, sharing)
             if exist is not None:
-                mask = exist if sharing.mask is None else exist & sharing.mask
+                mask = exist if sharing.mask is None else exist & sharing.mask.bool()
                 sharing = replace(sharing, mask=mask)
         return sharing
 
@@ -145,6 +147,7 @@ class Collection:
         if role is None or role.block not in self._blocks:
             return
         self._any_heard = True
+        self.reached.setdefault(self._loss, set()).add(id(call))
         if self.out_of_memory is not None:
             return
         doing = f"the statistics of layer '{role.block}' (gradient {list(g.shape)})"

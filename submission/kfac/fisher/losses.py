@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,12 +97,59 @@ def terms_of(seen: SeenLoss) -> LossTerms:
     return terms
 
 
-def watch_weights(output: Tensor) -> None:
+def parts_of(
+    losses: Sequence[LossTerms], reached: Mapping[int, AbstractSet[int]]
+) -> list[set[int]]:
+    """The numbers of the losses in groups: those of one group are of the same examples.
+
+    Args:
+        losses: as they were seen.
+        reached: number of a loss -> the calls that its gradients came to.
+    """
+    groups: list[set[int]] = []
+    for number, loss in enumerate(losses):
+        beside = [
+            group for group in groups
+            if any(
+                reached.get(number, set()) & reached.get(other, set())
+                and not have_other_rows(loss.logits, losses[other].logits)
+                for other in group
+            )
+        ]  # fmt: skip
+        groups = [group for group in groups if group not in beside]
+        groups.append({number}.union(*beside))
+    return groups
+
+
+def have_other_rows(one: Tensor, other: Tensor) -> bool:
+    """Whether logits are different rows of the same outputs: chunks, or every so many."""
+    whole = one._base
+    if whole is None or other._base is not whole or one.shape[-1] != whole.shape[-1]:
+        return False
+    if one.shape[1:] == other.shape[1:] == whole.shape[1:]:
+        return len(one) + len(other) <= len(whole)
+    (first, end), (start, last) = _memory(one), _memory(other)
+    return end <= start or last <= first
+
+
+def _memory(view: Tensor) -> tuple[int, int]:
+    """From which entry of its storage to which a view reaches."""
+    steps = zip(view.shape, view.stride(), strict=True)
+    start = int(view.storage_offset())
+    return start, start + int(sum((size - 1) * stride for size, stride in steps)) + 1
+
+
+def watch_weights(loss: LossTerms) -> None:
     """Has the backward pass warn if the terms of an unreduced loss do not count alike in it."""
+    output, targets = loss.output, loss.targets
+    assert output is not None
+    ignored = getattr(loss.likelihood, "ignore_index", None)
 
     def check(gradient: Tensor) -> None:
-        spread = gradient.detach().max() - gradient.detach().min()
-        if spread > 1e-3 * gradient.detach().abs().max():
+        counted = gradient.detach().flatten()
+        if ignored is not None and targets is not None:
+            counted = counted[(targets != ignored).flatten()]
+        if len(counted) and counted.max() - counted.min() > 1e-3 * counted.abs().max():
             logger.warning(UNEVEN)
 
     output.register_hook(check)  # type: ignore[no-untyped-call]

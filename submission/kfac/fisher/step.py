@@ -17,7 +17,7 @@ from ..operations.sharing import SharingRule
 from ..ranks.collectives import Reduction, rank
 from .collect import Collection
 from .loss_pass import LossPass, is_multiple, may_share
-from .losses import LossTerms, watch_weights
+from .losses import LossTerms, parts_of, watch_weights
 from .passes import fisher_passes
 from .sampling import sampling_seed
 
@@ -42,7 +42,9 @@ DROPPED = (
     "K-FAC: the statistics of a recorded pass are dropped: they were to come from the backward "
     "pass of its loss, which has not come (to its end) before the next record()"
 )
-SHARES_TOLERANCE = 1e-3  # of the sum of the weights of several losses
+ONE_LOSS = (
+    "eigenvalue_correction takes one loss of a recorded pass: leave it out, or state one loss"
+)
 NO_GRAPH = "the logits have no graph: they are detached, or were computed under no_grad"
 
 
@@ -142,22 +144,20 @@ class RecordedPass:
         self.recording.is_collected = True
         return is_known
 
-    def weigh(self, number: int) -> None:
-        """Measures what the loss that is trained on multiplies a seen loss by."""
-        output = self.losses[number].output
-        assert output is not None
+    def weigh(self) -> None:
+        """Measures what the loss that is trained on multiplies each of several seen losses by."""
+        for number, loss in enumerate(self.losses if len(self.losses) > 1 else ()):
+            assert loss.output is not None
+            loss.output.register_hook(partial(self._hear_weight, number))  # type: ignore[no-untyped-call]
 
-        def hear(gradient: Tensor) -> None:
-            self.weights[number] = gradient.detach().sum()
-
-        output.register_hook(hear)  # type: ignore[no-untyped-call]
+    def _hear_weight(self, number: int, gradient: Tensor) -> None:
+        self.weights[number] = gradient.detach().sum()
 
     def relative_weights(self) -> list[Tensor | None]:
-        """Of the mean of each loss; None for 1.
+        """Of the mean of each loss, None for 1; whatever the loss that is trained on is scaled by.
 
-        As the loss that is trained on has them, where they add up to 1 (parts of one mean) or the
-        largest is 1 (a loss and others beside it). Else that loss was multiplied by something (a
-        gradient scaler, a share of an accumulated step), and they are relative to the largest.
+        Losses beside each other have their ratios to the largest. Parts of one mean (they have no
+        call in common, or are of other rows of the same outputs) have their shares of it.
         """
         if len(self.losses) < 2 or not self.is_seen or all(w is None for w in self.weights):
             return [None] * len(self.losses)
@@ -168,8 +168,8 @@ class RecordedPass:
             else:
                 found.append(weight.abs().to(terms.dtype) * (terms if loss.is_sum else 1))
         together = torch.stack(found)
-        are_shares = (together.sum() - 1).abs() < SHARES_TOLERANCE
-        unit = torch.where(are_shares, torch.ones_like(together[0]), together.amax())
+        parts = parts_of(self.losses, self.collection.reached)
+        unit = sum(together[list(part)].amax() for part in parts)
         return [weight / unit for weight in found]
 
     def finish(self) -> dict[str, Sums]:
@@ -192,27 +192,31 @@ class Accumulated:
     Attributes:
         sums: name of a block -> sums.
         terms: number of terms of each loss.
-        weights: relative weight of each loss; None for 1.
+        weighted: the same, each with the weight of its loss; empty for one loss.
         out_of_memory: what was being done when memory ran out, or None.
     """
 
     sums: dict[str, Sums] = field(default_factory=dict)
     terms: list[Tensor] = field(default_factory=list)
-    weights: list[Tensor | None] = field(default_factory=list)
+    weighted: list[Tensor] = field(default_factory=list)
     out_of_memory: str | None = None
 
     def add(self, recorded: RecordedPass) -> None:
         """Adds what one recorded pass has collected."""
+        weighted = [
+            terms if weight is None else terms * weight
+            for terms, weight in zip(recorded.terms, recorded.relative_weights(), strict=True)
+        ]
         if not self.terms:
-            self.terms = list(recorded.terms)
+            self.terms, self.weighted = list(recorded.terms), weighted
         elif len(self.terms) == len(recorded.terms):
             self.terms = [a + b for a, b in zip(self.terms, recorded.terms, strict=True)]
+            self.weighted = [a + b for a, b in zip(self.weighted, weighted, strict=True)]
         else:
             raise RuntimeError(
                 f"the recorded passes of one step have {len(self.terms)} and "
                 f"{len(recorded.terms)} losses: their curvatures cannot be added up"
             )
-        self.weights = recorded.relative_weights()
         for name, sums in recorded.finish().items():
             if name in self.sums:
                 self.sums[name].merge(sums)
@@ -222,9 +226,11 @@ class Accumulated:
 
     def divisors(self) -> list[Tensor | None]:
         """What squares of would-be gradients of each loss are divided by."""
+        if len(self.terms) < 2:
+            return list(self.terms)
         return [
-            terms if weight is None else terms.clamp(min=1) / weight.clamp(min=1e-30)
-            for terms, weight in zip(self.terms, self.weights, strict=True)
+            terms.clamp(min=1).square() / weighted.clamp(min=1e-30)
+            for terms, weighted in zip(self.terms, self.weighted, strict=True)
         ]
 
     def is_out_of_memory_on_a_rank(self) -> bool:
@@ -275,9 +281,11 @@ class StepStatistics:
             alone: whether it is the only loss of the pass.
         """
         assert self._generator is not None
+        if self.config.eigenvalue_correction and not alone:
+            raise RuntimeError(ONE_LOSS)
         if loss.output is not None and loss.output.numel() > 1 and not self._watched_weights:
             self._watched_weights = True
-            watch_weights(loss.output)
+            watch_weights(loss)
         # On all ranks alike, also on one that ran out of memory: else collectives change places.
         late = loss.output is not None and self.config.fisher_type == "empirical" and alone
         self._loss_given |= late
@@ -325,7 +333,8 @@ class StepStatistics:
             tensors += sums.tensors()
         total.sums = known
         self._discoveries = total.terms[0].new_tensor(float(discoveries))
-        tensors += [(terms, False) for terms in (*total.terms, self._discoveries)]
+        weighted = total.weighted if losses > 1 else []
+        tensors += [(terms, False) for terms in (*total.terms, *weighted, self._discoveries)]
         self._reduction = Reduction([t for t, _ in tensors], [mark for _, mark in tensors])
 
     def finish(

@@ -57,10 +57,13 @@ def _multiplied(x: Tensor, polynomials: Sequence[tuple[float, float, float]]) ->
 
 def with_equal_singular_values(matrix: Tensor) -> Tensor:
     """The polar factor of a matrix, with the matrix's Frobenius norm."""
-    if min(matrix.shape[-2:]) == 1:
+    if min(matrix.shape[-2:]) <= 1 or not matrix.numel():
         return matrix
-    found = polar_factor(matrix)
+    tiny = torch.finfo(matrix.dtype).tiny
+    largest = matrix.abs().amax((-2, -1), keepdim=True)  # squares of entries may underflow
+    unit = matrix / largest.clamp(min=tiny)
+    found = polar_factor(unit)
     norms = torch.linalg.matrix_norm(found, keepdim=True)
-    scale = torch.linalg.matrix_norm(matrix, keepdim=True)
-    scaled: Tensor = found * (scale / norms.clamp(min=torch.finfo(matrix.dtype).tiny))
+    scale = torch.linalg.matrix_norm(unit, keepdim=True) * largest
+    scaled: Tensor = found * (scale / norms.clamp(min=tiny))
     return scaled

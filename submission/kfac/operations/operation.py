@@ -21,6 +21,7 @@ from ..linalg.moments import (
     write_outer_products,
 )
 from .sharing import (
+    Positions,
     Segments,
     Sharing,
     SharingError,
@@ -63,9 +64,9 @@ class LinearOperation(ABC):
         del approx
         return False
 
-    def existing_rows(self, x: Tensor) -> Tensor | None:
+    def existing_rows(self, x: Tensor, sharing: Positions) -> Tensor | None:
         """Which rows of an input exist, [N, R] of bool; None for all."""
-        del x
+        del x, sharing
         return None
 
     @abstractmethod

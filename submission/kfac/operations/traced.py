@@ -250,11 +250,13 @@ class TracedGraph:
     def __call__(self, *arguments: Any) -> Any:
         owner = self._owner
         key = (owner.structure_key, *(_size(argument) for argument in arguments))
-        if key not in self._compiled and key in self._watched and owner.may_compile:
+        # Calls of the pass that goes on are not over.
+        is_over = key in self._watched and self._watched[key][1] is not owner.recording
+        if key not in self._compiled and is_over and owner.may_compile:
             self._compiled[key] = self._compile(*self._watched.pop(key), arguments)
         if key in self._compiled and owner.may_compile:
             return self._run(self._compiled[key], arguments)
-        if len(self._compiled) + len(self._watched) >= MOST_SIZES:
+        if key not in self._watched and len(self._compiled) + len(self._watched) >= MOST_SIZES:
             raise RefusalError(f"its inputs have more than {MOST_SIZES} sizes")
         return self._watch(key, arguments)
 

@@ -138,7 +138,7 @@ class EigenbasisAdam(Rule):
         "eigenvalue_correction": (False,),
         "inverse_placement": ("every_rank", "exchanged"),  # the moments are on every rank
     }
-    ignores = ("damping", "relative_damping")
+    ignores = ("damping", "relative_damping", "fallback", "norm_rows")
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

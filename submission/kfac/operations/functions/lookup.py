@@ -50,8 +50,8 @@ class Lookup(LinearOperation):
     def _outputs(self) -> Rows:
         return Rows(self.shape)
 
-    def existing_rows(self, x: Tensor) -> Tensor | None:
-        return None if self.padding_idx is None else x.reshape(len(x), -1) != self.padding_idx
+    def existing_rows(self, x: Tensor, sharing: Positions) -> Tensor | None:
+        return None if self.padding_idx is None else self.indices(x, sharing) != self.padding_idx
 
     def indices(self, x: Tensor, sharing: Sharing) -> Tensor:
         """[N, R] or [rows]; a padding row has an index all the same."""
