@@ -117,3 +117,33 @@ def test_two_ranks_are_one_process_on_the_joined_batch(case, kfac_approx):
             for name, value in torch.load(f"{folder}/{rank}.pt", weights_only=True).items():
                 expected = model.state_dict()[name]
                 torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
+
+
+def worker_with_two_losses(rank, folder):
+    torch.set_default_dtype(torch.float64)
+    with joined(rank, 2, folder):
+        torch.manual_seed(1)
+        model = DistributedDataParallel(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 6)))
+        settings = {"fisher_type": "type-2", "inverse_placement": "every_rank"}
+        kfac = Preconditioner(model, KFACConfig(**settings))
+        for step in range(3):
+            x, labels, _ = explicit_data(step, rank)
+            model.zero_grad()
+            with kfac.record():
+                one, two = model(x[:, 0]).split(3, -1)
+                loss = 0.5 * F.cross_entropy(one, labels)
+                loss = loss + 0.1 * F.cross_entropy(two, labels, reduction="sum")
+            loss.backward()
+            kfac.precondition()
+            with torch.no_grad():
+                for p in model.parameters():
+                    p -= 0.1 * p.grad
+        torch.save(model.module.state_dict(), f"{folder}/{rank}.pt")
+
+
+def test_weights_of_losses_are_the_same_on_all_ranks(tmp_path):
+    """A sum beside a mean has another weight where there are more examples."""
+    mp.spawn(worker_with_two_losses, (str(tmp_path),), nprocs=2)
+    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for name, value in one.items():
+        assert torch.equal(value, two[name])
