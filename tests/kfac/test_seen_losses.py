@@ -167,6 +167,30 @@ def test_parts_of_one_mean_have_its_curvature(kfac_approx, fisher_type, parts_of
     assert_same_factors(curvature(parts), curvature(whole))
 
 
+def test_chunks_of_outputs_without_a_dimension_of_classes():
+    model, x = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)), torch.randn(6, 2)
+    targets, loss = LABELS.double().clamp(max=1), F.binary_cross_entropy_with_logits
+    whole = recorded_curvature(model, x, lambda f: loss(f.squeeze(-1), targets))
+
+    def in_parts(f):
+        parts = zip(f.squeeze(-1).split(3), targets.split(3), strict=True)
+        return sum(loss(*part) for part in parts) / 2
+
+    assert_same_factors(recorded_curvature(model, x, in_parts), whole)
+
+
+def test_a_loss_that_reaches_no_call_weighs_nothing():
+    model, x, penalty = TwoHeads(), torch.randn(6, 1), nn.Parameter(torch.zeros(2))
+
+    def total(outputs):
+        losses = two_losses(outputs)
+        return losses[0] + 0.4 * losses[1] + 3 * F.mse_loss(penalty, torch.ones(2))
+
+    found = recorded_curvature(model, x, total)
+    expected = recorded_curvature(model, x, lambda o: two_losses(o)[0] + 0.4 * two_losses(o)[1])
+    assert_same_factors(found, expected)
+
+
 def test_parts_with_losses_beside_each_other_and_accumulated_ones():
     model, x = TwoHeads(), torch.randn(6, 1)
 

@@ -102,16 +102,20 @@ def parts_of(
 ) -> list[set[int]]:
     """The numbers of the losses in groups: those of one group are of the same examples.
 
+    Losses that reach no call are in none.
+
     Args:
         losses: as they were seen.
         reached: number of a loss -> the calls that its gradients came to.
     """
     groups: list[set[int]] = []
     for number, loss in enumerate(losses):
+        if not reached.get(number):
+            continue
         beside = [
             group for group in groups
             if any(
-                reached.get(number, set()) & reached.get(other, set())
+                reached[number] & reached[other]
                 and not have_other_rows(loss.logits, losses[other].logits)
                 for other in group
             )
@@ -124,7 +128,9 @@ def parts_of(
 def have_other_rows(one: Tensor, other: Tensor) -> bool:
     """Whether logits are different rows of the same outputs: chunks, or every so many."""
     whole = one._base
-    if whole is None or other._base is not whole or one.shape[-1] != whole.shape[-1]:
+    if whole is None or other._base is not whole:
+        return False
+    if one.dim() > 1 and one.shape[-1] != whole.shape[-1]:
         return False
     if one.shape[1:] == other.shape[1:] == whole.shape[1:]:
         return len(one) + len(other) <= len(whole)
