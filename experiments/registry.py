@@ -122,7 +122,7 @@ EXPERIMENTS = (
     Experiment(
         "optimizers",
         "not in it",
-        "ours against SOAP, Muon, Shampoo, NAdamW and Nesterov on four small real tasks",
+        "ours against SOAP, Muon, Shampoo, NAdamW and Nesterov on six small real tasks",
         "many hours; minutes with --small",
         "packages that `./run.sh experiments optimizers` installs; CIFAR-10 with --data-dir",
         extra=True,

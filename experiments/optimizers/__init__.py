@@ -1,4 +1,4 @@
-"""Ours against SOAP, Muon, Shampoo, NAdamW and Nesterov on four small real tasks.
+"""Ours against SOAP, Muon, Shampoo, NAdamW and Nesterov on six small real tasks.
 
 Every method is tuned with as many points; the best point of each then runs with the study's seeds.
 Runs write logs, a run with a log is not done again, and several processes may share a folder.

@@ -39,7 +39,9 @@ def curves(tasks: Sequence[TaskLogs], path: Path) -> bool:
             axis.set_yscale("log")
     for axis in list(axes.flat)[len(shown) :]:
         axis.set_visible(False)
-    axes.flat[0].legend(fontsize=7)
+    lines = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}
+    shown_lines = [lines[method.label] for method in METHODS.values() if method.label in lines]
+    picture.legend(handles=shown_lines, loc="outside lower center", ncols=3, fontsize=8)
     pictures.save(picture, path)
     return True
 

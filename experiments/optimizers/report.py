@@ -61,7 +61,7 @@ def overview(tasks: Sequence[TaskLogs], folder: Path) -> list[Table]:
 
     def table(what: str, columns: list[str], cell: Callable[[TaskLogs, str], str]) -> Table:
         rows = [(text, *(cell(task, name) for task in shown)) for name, text in labels.items()]
-        return Table(what, ("method", *columns), tuple(rows))
+        return Table(what, ("method", *columns), tuple(r for r in rows if {*r[1:]} != {"-"}))
 
     def steps_cell(task: TaskLogs, name: str) -> str:
         return _text(steps[task.name].get(name))
@@ -77,7 +77,11 @@ def overview(tasks: Sequence[TaskLogs], folder: Path) -> list[Table]:
     level = f"to the level that the worst seed of tuned {label} just reaches"
     return (
         [
-            table(f"steps {level}, as multiples of {label}'s", plain, steps_cell),
+            table(
+                f"steps {level}, as multiples of {label}'s; others do not reach it",
+                plain,
+                steps_cell,
+            ),
             table(f"time {level}: these steps times the time per step", plain, time_cell),
             table("best in budget", [f"{t.name}: {t.metric}" for t in shown], best_cell),
         ]
