@@ -47,7 +47,7 @@ class Collection:
         out_of_memory: what was being done when memory ran out, in words; None if it did not. The
             sums are of no use then.
         examples: name of a block -> number of examples that its last call had.
-        reached: number of a loss -> the calls that its gradients came to.
+        reached: number of a loss -> the calls that its gradients came to: (block, number).
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Collection:
         self._waiting: list[tuple[str, Call, HeardCall]] = []  # whose inputs are to be taken
         self.out_of_memory: str | None = None
         self.examples: dict[str, int] = {}
-        self.reached: dict[int, set[int]] = {}
+        self.reached: dict[int, set[tuple[str, int]]] = {}
         self._diagonals = [b for b in self._blocks.values() if b.needs_own_gradients]
         for block in self._diagonals:
             self._collectors[block.name] = self._collector(block)
@@ -147,7 +147,7 @@ class Collection:
         if role is None or role.block not in self._blocks:
             return
         self._any_heard = True
-        self.reached.setdefault(self._loss, set()).add(id(call))
+        self.reached.setdefault(self._loss, set()).add((role.block, id(call)))
         if self.out_of_memory is not None:
             return
         doing = f"the statistics of layer '{role.block}' (gradient {list(g.shape)})"

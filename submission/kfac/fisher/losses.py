@@ -98,31 +98,44 @@ def terms_of(seen: SeenLoss) -> LossTerms:
 
 
 def parts_of(
-    losses: Sequence[LossTerms], reached: Mapping[int, AbstractSet[int]]
-) -> list[set[int]]:
-    """The numbers of the losses in groups: those of one group are of the same examples.
+    losses: Sequence[LossTerms], reached: Mapping[int, AbstractSet[tuple[str, int]]]
+) -> list[list[set[int]]]:
+    """The numbers of the losses: means, each in its parts. Those of a part have the same examples.
 
-    Losses that reach no call are in none.
+    Losses that have a call in common are of the same examples, unless of other rows of the same
+    outputs. Parts that have a block in common, but no call, belong to one mean. Losses that reach
+    no call are in none.
 
     Args:
         losses: as they were seen.
-        reached: number of a loss -> the calls that its gradients came to.
+        reached: number of a loss -> the calls that its gradients came to: (block, number).
     """
-    groups: list[set[int]] = []
+    parts: list[set[int]] = []
     for number, loss in enumerate(losses):
-        if not reached.get(number):
-            continue
-        beside = [
-            group for group in groups
-            if any(
-                reached[number] & reached[other]
-                and not have_other_rows(loss.logits, losses[other].logits)
-                for other in group
-            )
-        ]  # fmt: skip
-        groups = [group for group in groups if group not in beside]
-        groups.append({number}.union(*beside))
-    return groups
+        if reached.get(number):
+            beside = [
+                part for part in parts
+                if any(
+                    reached[number] & reached[other]
+                    and not have_other_rows(loss.logits, losses[other].logits)
+                    for other in part
+                )
+            ]  # fmt: skip
+            parts = [part for part in parts if part not in beside]
+            parts.append({number}.union(*beside))
+    means: list[list[set[int]]] = []
+    for part in parts:
+        blocks = _blocks(part, reached)
+        joined = [mean for mean in means if any(blocks & _blocks(other, reached) for other in mean)]
+        means = [mean for mean in means if mean not in joined]
+        means.append([part, *(other for mean in joined for other in mean)])
+    return means
+
+
+def _blocks(
+    part: AbstractSet[int], reached: Mapping[int, AbstractSet[tuple[str, int]]]
+) -> set[str]:
+    return {block for number in part for block, _ in reached[number]}
 
 
 def have_other_rows(one: Tensor, other: Tensor) -> bool:

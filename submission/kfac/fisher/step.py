@@ -156,8 +156,9 @@ class RecordedPass:
     def relative_weights(self) -> list[Tensor | None]:
         """Of the mean of each loss, None for 1; whatever the loss that is trained on is scaled by.
 
-        Losses beside each other have their ratios to the largest. Parts of one mean (they have no
-        call in common, or are of other rows of the same outputs) have their shares of it.
+        Losses beside each other have their ratios to the largest. Parts of one mean (they have
+        layers in common, but no call of one, or are of other rows of the same outputs) have their
+        shares of it.
         """
         if len(self.losses) < 2 or not self.is_seen or all(w is None for w in self.weights):
             return [None] * len(self.losses)
@@ -168,8 +169,9 @@ class RecordedPass:
             else:
                 found.append(weight.abs().to(terms.dtype) * (terms if loss.is_sum else 1))
         together = torch.stack(found)
-        parts = parts_of(self.losses, self.collection.reached)
-        unit = sum(together[list(part)].amax() for part in parts)
+        means = parts_of(self.losses, self.collection.reached)
+        largest = [torch.stack([together[list(part)].amax() for part in mean]) for mean in means]
+        unit = torch.stack([weights.sum() for weights in largest]).amax()
         return [weight / unit for weight in found]
 
     def finish(self) -> dict[str, Sums]:
