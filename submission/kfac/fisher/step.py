@@ -168,10 +168,10 @@ class RecordedPass:
                 found.append(torch.zeros_like(terms))
             else:
                 found.append(weight.abs().to(terms.dtype) * (terms if loss.is_sum else 1))
-        together = torch.stack(found)
         means = parts_of(self.losses, self.collection.reached)
-        largest = [torch.stack([together[list(part)].amax() for part in mean]) for mean in means]
-        unit = torch.stack([weights.sum() for weights in largest]).amax()
+        units = [_largest_of([found[n] for n in part]) for mean in means for part in mean]
+        sizes = [len(mean) for mean in means]
+        unit = torch.stack([part.sum() for part in torch.stack(units).split(sizes)]).amax()
         return [weight / unit for weight in found]
 
     def finish(self) -> dict[str, Sums]:
@@ -185,6 +185,11 @@ class RecordedPass:
         if self.loss_pass is not None:
             self.loss_pass.forget()
         self.recording.release()
+
+
+def _largest_of(weights: list[Tensor]) -> Tensor:
+    largest: Tensor = torch.stack(weights).amax()  # an index by a list would wait for a GPU
+    return largest
 
 
 @dataclass
