@@ -171,7 +171,7 @@ class RecordedPass:
         means = parts_of(self.losses, self.collection.reached)
         units = [_largest_of([found[n] for n in part]) for mean in means for part in mean]
         sizes = [len(mean) for mean in means]
-        unit = torch.stack([part.sum() for part in torch.stack(units).split(sizes)]).amax()
+        unit = torch.stack([m.sum() for m in torch.split(torch.stack(units), sizes)]).amax()
         return [weight / unit for weight in found]
 
     def finish(self) -> dict[str, Sums]:
