@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -91,9 +91,8 @@ def point_key(point: Point) -> str:
 
 def build_submission(model: nn.Module, task: Task, point: Point, seed: int) -> Stepper:
     """K-FAC and its update rule, or the rule alone, from a tuning point of the submission."""
+    del task
     settings = Hyperparameters.from_tuning_point(point)
-    if not task.has_labels and settings.fisher_type == "empirical":
-        settings = replace(settings, fisher_type="mc")  # as the submission does
     optimizer = UPDATE_RULES[settings.update_rule](model.parameters(), settings)
     config = settings.kfac_config(seed)
     return Stepper(optimizer, None if config is None else Preconditioner(model, config))

@@ -39,7 +39,8 @@ class Task(ABC):
         metric: name of what `evaluate` returns.
         higher_is_better: whether a larger value of it is a better one.
         likelihood: of the loss, for K-FAC.
-        has_labels: whether every term of the loss has one; else K-FAC samples them.
+        has_labels: whether every term of the likelihood has one; else true labels mean the loss's
+            own gradients.
         output_layer: name of the last layer, which Muon leaves to Adam.
         length: of a run.
         sizes: of the net and of the validation set.

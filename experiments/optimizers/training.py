@@ -14,7 +14,7 @@ from torch import nn
 from experiments import results
 from experiments.optimizers.methods import WARMUP_FRACTION, Method, Point, Stepper
 from experiments.optimizers.task import Batch, Task
-from submission.kfac import KFACError
+from submission.kfac import KFACError, OwnGradients
 from submission.schedules import ScheduleShape, warmup_linear
 
 # What the engine and torch raise once numbers have grown too large.
@@ -62,7 +62,9 @@ def train_step(task: Task, model: nn.Module, stepper: Stepper, batch: Batch) -> 
     loss = task.loss(logits, batch)
     if due:
         mask, targets = batch.get("weights"), batch["targets"] if task.has_labels else None
-        due.update(logits, task.likelihood, mask=mask, targets=targets, loss=loss)
+        is_own = due.config.fisher_type == "empirical" and not task.has_labels
+        likelihood = OwnGradients() if is_own else task.likelihood
+        due.update(logits, likelihood, mask=mask, targets=targets, loss=loss)
     torch.autograd.backward(loss)
     if kfac is not None:
         kfac.precondition()

@@ -6,7 +6,7 @@ for Modern Neural Network Architectures", NeurIPS 2023, arXiv 2311.00636. Needs 
 
 from .blocks.public import Curvature, DiagonalCurvature, KroneckerFactors, UnitwiseCurvature
 from .config import KFACConfig
-from .fisher.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from .fisher.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, OwnGradients
 from .functional import curvature, kronecker_factors
 from .operations.sharing import Positions, RaggedBatch, Segments, SharingError
 from .optimizer import KFAC
@@ -24,6 +24,7 @@ __all__ = [
     "KFACError",
     "KroneckerFactors",
     "Likelihood",
+    "OwnGradients",
     "Positions",
     "Preconditioner",
     "RaggedBatch",

@@ -136,7 +136,7 @@ def found_in(
         losses: all that the pass has.
         unplaced: see `place_examples`.
     """
-    below: dict[Node, list[Node | None]] = {}
+    below: dict[Node, list[Node | None]] = {n: list(b) for n, b in recording.passed_by.items()}
     entered: dict[Node, set[Node | None]] = {}
     for call in recording.calls:
         assert call.edge is not None

@@ -29,7 +29,7 @@ from .blocks.structure import Structure
 from .config import KFACConfig, as_config, check_damping, is_due
 from .fisher import step as of_step
 from .fisher.likelihoods import Likelihood, as_likelihood
-from .fisher.losses import LossTerms, check_class_dim, check_statement, terms_of
+from .fisher.losses import LossTerms, check_class_dim, check_statement, usable
 from .fisher.step import RecordedPass, StepStatistics
 from .linalg.precision import own_products
 from .operations.record import Recording
@@ -178,8 +178,9 @@ class Preconditioner:
             self._is_open = False
         self._pass = RecordedPass(recording, sharing)
         self._was_recorded = True
-        if recording.losses and not self._states_losses:
-            self._collect([terms_of(seen) for seen in recording.losses], is_seen=True)
+        losses = usable(recording.losses, self.config.fisher_type)
+        if losses and not self._states_losses:
+            self._collect(losses, is_seen=True)
 
     def update(
         self,

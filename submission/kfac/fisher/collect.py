@@ -126,10 +126,7 @@ class Collection:
             return call.sharing
         sharing = resolve(self._sharing, name, len(x))
         if call.batch_dim is not None and isinstance(sharing, Positions):
-            mask = sharing.mask
-            if call.position is not None and mask is not None:
-                mask = mask[:, call.position : call.position + 1]
-            sharing = Positions(mask=mask)
+            sharing = Positions(mask=sharing.mask)
         if isinstance(sharing, Positions) and sharing.mask is not None and len(x) == 1:
             # Broadcast over the examples: a position counts if any of them has it.
             sharing = replace(sharing, mask=sharing.mask.any(0, keepdim=True))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..operations.uses import SeenLoss
-from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, OwnGradients
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +82,17 @@ def _gaussian(arguments: dict[str, Any]) -> LossTerms:
     return LossTerms(logits, Gaussian(), None if weight is None else weight, targets)
 
 
+def _ctc(arguments: dict[str, Any]) -> LossTerms:
+    # The log-probabilities are [frames, examples, classes], or [frames, classes] of one example.
+    outputs, is_mean = arguments["log_probs"], arguments["reduction"] == "mean"
+    return LossTerms(outputs, OwnGradients(batch_dim=outputs.dim() - 2, is_sum=not is_mean))
+
+
 _READERS: dict[str, Callable[[dict[str, Any]], LossTerms]] = {
     "cross_entropy": _cross_entropy,
     "binary_cross_entropy_with_logits": _bernoulli,
     "mse_loss": _gaussian,
+    "ctc_loss": _ctc,
 }
 
 
@@ -95,6 +102,14 @@ def terms_of(seen: SeenLoss) -> LossTerms:
     terms.output = seen.output
     terms.is_sum = seen.arguments.get("reduction", "mean") == "sum"
     return terms
+
+
+def usable(seen: Sequence[SeenLoss], fisher_type: str) -> list[LossTerms]:
+    """The terms of the losses that were seen, but for those that this Fisher cannot take."""
+    found = [terms_of(loss) for loss in seen]
+    if fisher_type == "empirical":
+        return found
+    return [terms for terms in found if not isinstance(terms.likelihood, OwnGradients)]
 
 
 def parts_of(

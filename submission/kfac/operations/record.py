@@ -47,6 +47,7 @@ class Recording(TorchFunctionMode):
         losses: torch's losses, likewise.
         others: name of a parameter -> the operation in which it was used some other way.
         bias_nodes: nodes of the graph that add a bias to a call's output -> the call's node.
+        passed_by: nodes of outputs whose gradient is heard elsewhere -> the nodes of their inputs.
         mixes_examples: whether a BatchNorm used the statistics of the batch.
         is_collected: whether statistics were taken: backward passes from now on need no inputs.
         wholes: name of a parameter that is in parts -> the whole one that was used.
@@ -58,6 +59,7 @@ class Recording(TorchFunctionMode):
         self.losses: list[SeenLoss] = []
         self.others: dict[str, str] = {}
         self.bias_nodes: dict[Node, Node] = {}
+        self.passed_by: dict[Node, tuple[Node, ...]] = {}
         self.mixes_examples = self.is_collected = False
         self.wholes: dict[str, Tensor] = {}
         self._tracker = Tracker(parameters)
@@ -192,6 +194,12 @@ class Recording(TorchFunctionMode):
             self._bare[id(y)] = (weakref.ref(y), call)
         return call
 
+    def pass_by(self, y: Tensor, *entering: Any) -> None:
+        """The gradient of y, which parameters have made, is heard by a call of another output."""
+        node = node_of(y)
+        if node is not None:
+            self.passed_by[node] = self.nodes_below(*entering)
+
     def join_bias(self, call: Call, bias: Tensor, y: Tensor) -> None:
         """A bias was added to the output of a call, which made y."""
         assert isinstance(call.use, LinearUse)
@@ -245,7 +253,7 @@ class Recording(TorchFunctionMode):
     def see_loss(self, function: str, arguments: dict[str, Any], output: Tensor) -> None:
         """Records a loss, if it is one that is differentiated."""
         if output.requires_grad:
-            source = self._log_probabilities.get(id(arguments["input"]))
+            source = self._log_probabilities.get(id(arguments.get("input")))
             if function == "nll_loss":
                 dim = 1 if arguments["input"].dim() > 1 else 0
                 if source is None or source[2] != dim:
@@ -276,6 +284,7 @@ class Recording(TorchFunctionMode):
         """Lets go of the graph and of all tensors."""
         self.forget_from(0)
         self.bias_nodes.clear()
+        self.passed_by.clear()
         self.losses.clear()
         self.wholes.clear()
         self._listener = None

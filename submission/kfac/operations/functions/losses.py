@@ -13,7 +13,9 @@ from ..handlers import Handler, handles
 if TYPE_CHECKING:
     from ..record import Recording
 
-LOSSES = ("cross_entropy", "nll_loss", "binary_cross_entropy_with_logits", "mse_loss")
+LOSSES = (
+    "cross_entropy", "nll_loss", "binary_cross_entropy_with_logits", "mse_loss", "ctc_loss"
+)  # fmt: skip
 
 
 def _seen(name: str, function: Callable[..., Any]) -> Handler:

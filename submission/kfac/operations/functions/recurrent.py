@@ -1,12 +1,14 @@
 """Recurrent networks, unrolled over time: the steps share the weights.
 
-The map of the inputs sees all steps at once; that of the hidden state is called once a step.
+The map of the inputs sees all steps at once. That of the hidden state is applied step by step, and
+recorded as one call of all steps: the gradients of its outputs are those of a tensor that is added
+to them, which has them all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from ..handlers import handles, inside_checkpoint
 from ..sharing import Positions
+from .products import linear
 
 if TYPE_CHECKING:
     from ..record import Recording
@@ -126,27 +129,61 @@ class _Network:
         known: dict[str, Any] = {"batch_dim": 0}
         if mask is not None:
             known["sharing"] = Positions(mask=mask)
-        from_input = self._linear(x, w_ih, b_ih, **known)
+        from_input: Tensor = self._rec.apply(F.linear, x, w_ih, b_ih, **known)
+        adds = self._kind != "gru" and from_input.requires_grad and not from_input._is_view()
+        hidden = _StepMap(self._rec, w_hh, b_hh, from_input if adds else None, x.shape[:2])
+        projected = [_StepMap(self._rec, weight, None, None, x.shape[:2]) for weight in projection]
+        parts = from_input.unbind(1)
         outputs: list[Tensor] = []
         steps = range(x.shape[1])
         for t in reversed(steps) if backwards else steps:
-            here = None if mask is None else mask[:, t : t + 1]
-            more_known = {"position": t} if here is None else {"sharing": Positions(mask=here)}
-            known = {"batch_dim": 0, **more_known}
-            from_hidden = self._linear(state[0], w_hh, b_hh, **known)
-            new = _gates(self._kind, from_input[:, t], from_hidden, state)
-            if projection:
-                new = (self._linear(new[0], projection[0], None, **known), *new[1:])
-            if here is None:
+            new = _gates(self._kind, parts[t], hidden(state[0], t), state)
+            for each in projected:
+                new = (each(new[0], t), *new[1:])
+            if mask is None:
                 outputs.append(new[0])
                 state = new
             else:
+                here = mask[:, t : t + 1]
                 outputs.append(torch.where(here, new[0], 0))
                 state = tuple(torch.where(here, n, o) for n, o in zip(new, state, strict=True))
         if backwards:
             outputs.reverse()
+        for each in (hidden, *projected):
+            each.record(known)
         return torch.stack(outputs, 1), state
 
-    def _linear(self, x: Tensor, weight: Tensor, bias: Any, **known: Any) -> Tensor:
-        y: Tensor = self._rec.apply(F.linear, x, weight, bias, **known)
-        return y
+
+class _StepMap:
+    """A linear map that is applied at each step, recorded as one call.
+
+    Args:
+        rec: where to.
+        weight, bias: of the map.
+        added: what is added to its outputs anyway, [N, T, P_out], non-linearly in nothing but the
+            sum; None where there is no such tensor.
+        size: N and T.
+    """
+
+    def __init__(
+        self, rec: Recording, weight: Tensor, bias: Any, added: Tensor | None, size: Sequence[int]
+    ) -> None:
+        self._rec, self._weight, self._bias = rec, weight, bias
+        self._inputs: list[Tensor | None] = [None] * size[1]
+        self._probe = added
+        self._zeros: Sequence[Tensor] = ()
+        if added is None:
+            self._probe = weight.new_zeros(*size, len(weight), requires_grad=True)
+            self._zeros = self._probe.unbind(1)
+
+    def __call__(self, x: Tensor, t: int) -> Tensor:
+        """The outputs of step t; x [N, P_in]."""
+        y = F.linear(x, self._weight, self._bias)
+        self._rec.pass_by(y, x)
+        self._inputs[t] = x.detach()
+        return y + self._zeros[t] if self._zeros else y
+
+    def record(self, known: dict[str, Any]) -> None:
+        """Records all steps; `known`: fields of the call."""
+        inputs = torch.stack(cast("list[Tensor]", self._inputs), 1)
+        linear(self._rec, lambda *_: self._probe, inputs, self._weight, self._bias, **known)
