@@ -134,9 +134,16 @@ class BlockCurvature(ABC):
 
     @abstractmethod
     def inverse(
-        self, settings: InverseSettings, found: Sequence[FactorInverse | None]
+        self,
+        settings: InverseSettings,
+        found: Sequence[FactorInverse | None],
+        before: Inverse | None = None,
     ) -> Inverse | None:
-        """The damped inverse, from the inverses of the requests; None where it cannot be had."""
+        """The damped inverse, from the inverses of the requests; None where it cannot be had.
+
+        Args:
+            before: the one until now, where a basis that follows the eigenvectors will do.
+        """
 
     @abstractmethod
     def quadratic_form(self, step: Tensor) -> Tensor:

@@ -111,7 +111,10 @@ class Unitwise(BlockCurvature):
         return self
 
     def inverse(
-        self, settings: InverseSettings, found: Sequence[FactorInverse | None]
+        self,
+        settings: InverseSettings,
+        found: Sequence[FactorInverse | None],
+        before: Inverse | None = None,
     ) -> Inverse | None:
         strength = self.strength(settings)
         if len(self.f) == 1:
@@ -150,7 +153,10 @@ class Diagonal(BlockCurvature):
         return self
 
     def inverse(
-        self, settings: InverseSettings, found: Sequence[FactorInverse | None]
+        self,
+        settings: InverseSettings,
+        found: Sequence[FactorInverse | None],
+        before: Inverse | None = None,
     ) -> Inverse | None:
         by_row = self.f.dim() > 1 and self.f[0].numel() == 1
         return _reciprocal(self.f, self.strength(settings), keeps_shape=by_row)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..linalg import damping as damping_rules
 from ..linalg.eigenbasis import Basis
 from ..linalg.factor import Factor
-from ..linalg.inverses import FactorInverse, Request, eigendecomposition
+from ..linalg.inverses import FactorInverse, Request, eigendecomposition, followed_eigenvectors
 from .block import BlockCurvature, Inverse, InverseSettings
 from .public import KroneckerFactors
 
@@ -48,15 +48,19 @@ class Factors(BlockCurvature):
         return [Request(*one) for one in zip((self.a, self.b), added, vectors, strict=True)]
 
     def inverse(
-        self, settings: InverseSettings, found: Sequence[FactorInverse | None]
+        self,
+        settings: InverseSettings,
+        found: Sequence[FactorInverse | None],
+        before: Inverse | None = None,
     ) -> Inverse | None:
         if settings.kind == "exact":
-            return self._exact(settings)
+            basis = Basis() if before is None else before.eigenbasis()
+            return self._exact(settings, basis)
         a, b = found
         return None if a is None or b is None else KroneckerInverse(a, b, self.bias_by_b)
 
-    def _exact(self, settings: InverseSettings) -> Inverse | None:
-        a, b = eigendecomposition(self.a), eigendecomposition(self.b)
+    def _exact(self, settings: InverseSettings, before: Basis) -> Inverse | None:
+        a, b = _eigenvectors(self.a, before.a), _eigenvectors(self.b, before.b)
         if a is None or b is None:
             return None
         return EigenInverse(a[0], b[0], Basis(a[1], b[1]), self.strength(settings))
@@ -75,6 +79,11 @@ class Factors(BlockCurvature):
         if len(a) == 1:
             a, b = a[0], b[0]
         return KroneckerFactors(a, b, self.a.is_diagonal, self.b.is_diagonal)
+
+
+def _eigenvectors(factor: Factor, before: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+    found = None if before is None else followed_eigenvectors(factor, before)
+    return eigendecomposition(factor) if found is None else found
 
 
 @dataclass

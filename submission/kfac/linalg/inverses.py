@@ -264,6 +264,30 @@ def _damped_gram(gram: Tensor, added: Tensor) -> Tensor | None:
     return _damped_cholesky(gram, added)
 
 
+def followed_eigenvectors(factor: Factor, before: Tensor) -> tuple[Tensor, Tensor] | None:
+    """A step of orthogonal iteration from the eigenvectors of an earlier average of the factor.
+
+    A QR decomposition takes half the time of an `eigh` or less. Over the steps of training the
+    vectors follow the eigenvectors, as in SOAP (Vyas et al. 2024); their Rayleigh quotients are no
+    eigenvalues, for rules that need none. Larger ones come first, which the iteration would turn
+    the vectors to anyway.
+
+    Args:
+        before: [groups, d, d], the vectors in columns.
+
+    Returns:
+        As `eigendecomposition`; None where the result is not finite.
+    """
+    turned = factor.left_times(before)
+    quotients = (before * turned).sum(-2)
+    order = quotients.argsort(-1, descending=True)
+    turned = turned.gather(-1, order.unsqueeze(-2).expand_as(turned))
+    vectors = torch.linalg.qr(turned)[0]
+    if not bool(vectors.sum().isfinite()):
+        return None
+    return quotients.gather(-1, order).clamp(min=0), vectors
+
+
 def eigendecomposition(factor: Factor) -> tuple[Tensor, Tensor | None] | None:
     """(eigenvalues [groups, d], clamped at 0; eigenvectors [groups, d, d], None if diagonal).
 

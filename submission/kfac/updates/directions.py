@@ -45,11 +45,13 @@ class Rule(ABC):
     Attributes:
         is_finished: whether the results are updates to be multiplied by a learning rate, of
             Adam's size; else they are preconditioned gradients.
+        follows_basis: whether it needs a basis near the eigenvectors, but no eigenvalues.
         needs: name of a setting -> the values that the rule works with.
         ignores: names of settings that it makes nothing of.
     """
 
     is_finished: ClassVar[bool] = False
+    follows_basis: ClassVar[bool] = False
     needs: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     ignores: ClassVar[tuple[str, ...]] = ()
 
@@ -133,6 +135,7 @@ class EigenbasisAdam(Rule):
     """Adam's updates in the eigenbasis of the factors, see `linalg.eigenbasis`."""
 
     is_finished = True
+    follows_basis = True
     needs: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "damping_kind": ("exact",),  # whose eigenvectors are the basis
         "eigenvalue_correction": (False,),

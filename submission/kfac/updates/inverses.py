@@ -85,7 +85,8 @@ def renew_inverses(
         names = [block.name for block in some]
         mine = [name for name in names if owners.get(name, rank) == rank]
         curvatures = {name: state.blocks[name].curvature for name in mine}
-        made: dict[str, Inverse] = invert_all(curvatures, settings)  # type: ignore[arg-type]
+        before = {name: state.blocks[name].inverse for name in mine if config.rule.follows_basis}
+        made: dict[str, Inverse] = invert_all(curvatures, settings, before)  # type: ignore[arg-type]
         failed = [float(name in mine and name not in made) for name in names]
         if owners and names:
             flags = torch.tensor(failed, device=_device(blocks, state))
