@@ -107,8 +107,15 @@ def targets_of(logits: Tensor, batch: Mapping[str, Any]) -> Tensor | None:
     return targets.reshape(logits.shape) if targets.numel() == logits.numel() else targets
 
 
+def weights_of(batch: Mapping[str, Any]) -> Tensor | None:
+    """Which examples count, [N]; None where all of them do."""
+    weights = batch.get("weights")
+    return weights if isinstance(weights, Tensor) and weights.dim() == 1 else None
+
+
 def has_labels(loss_type: Any) -> bool:
-    """Whether every term has a label. Of a transcript no frame has one."""
+    """Whether every term of the likelihood has a label. Of a transcript no frame has one: true
+    labels mean the loss's own gradients then, with a term for each example."""
     return bool(loss_type != spec.LossType.CTC_LOSS)
 
 

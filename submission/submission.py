@@ -13,7 +13,6 @@ The functions below are AlgoPerf's interface. `update_params` is one step:
 from __future__ import annotations
 
 import inspect
-import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,17 +34,16 @@ from .batch_structure import (
     mask_of,
     shared_rows,
     targets_of,
+    weights_of,
 )
 from .hyperparameters import Hyperparameters
-from .kfac import Likelihood, Preconditioner
+from .kfac import Likelihood, OwnGradients, Preconditioner
 from .kfac.functional import kept_buffers
 from .kfac.ranks.collectives import world_size
 from .kfac.updates.adaptive_damping import begin_trial, end_trial
 from .optimizers import UPDATE_RULES
 from .run import Run
 from .schedules import SCHEDULES
-
-logger = logging.getLogger(__name__)
 
 BATCH_SIZES = {
     "criteo1tb": 262_144,
@@ -111,9 +109,6 @@ def init_optimizer_state(
     state: dict[str, Any] = {"optimizer": optimizer, "run": run}
     config = settings.kfac_config(seed=int(rng[0]) % 2**31)
     if config is not None:
-        if config.fisher_type == "empirical" and not has_labels(workload.loss_type):
-            logger.warning("K-FAC: labels are sampled, since the loss has none for single frames")
-            config = replace(config, fisher_type="mc")
         state["kfac"] = Preconditioner(model_params, config)
     if settings.average_share is not None:
         state["average"] = TailAverage(model_params, settings.average_share)
@@ -167,14 +162,15 @@ def update_params(
         )
         return output, new_model_state
 
-    def mean_loss(output: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def mean_loss(output: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         loss_dict = workload.loss_fn(
             label_batch=batch["targets"],
             logits_batch=output,
             mask_batch=batch.get("weights"),
             label_smoothing=settings.label_smoothing,
         )
-        return _global_mean(loss_dict["summed"], loss_dict["n_valid_examples"])
+        summed = loss_dict["summed"]
+        return summed, *_global_mean(summed, loss_dict["n_valid_examples"])
 
     random_state = _random_state(model) if settings.adaptive_damping else None
     if kfac is not None and kfac.factors_due:
@@ -186,16 +182,18 @@ def update_params(
             output, new_model_state = forward(model)
     else:
         output, new_model_state = forward(model)
-    loss, valid, loss_is_finite = mean_loss(output)
+    summed, loss, valid, loss_is_finite = mean_loss(output)
     run.log.add("forward", time.perf_counter() - start)
 
     if kfac is not None and kfac.factors_due:
-        logits, mask = logits_of(output), mask_of(output, batch)
+        logits, mask, given = logits_of(output), mask_of(output, batch), loss
         likelihood = likelihood_of(loss_type, logits, batch, settings.label_smoothing)
+        if settings.fisher_type == "empirical" and not has_labels(loss_type):
+            likelihood, mask, given = OwnGradients(is_sum=True), weights_of(batch), summed
         if is_sum_of_terms(loss_type):
             likelihood = _scaled(likelihood, likelihood.terms(logits, mask), valid)
         targets = targets_of(logits, batch)
-        kfac.update(logits, likelihood, mask=mask, targets=targets, loss=loss)
+        kfac.update(logits, likelihood, mask=mask, targets=targets, loss=given)
         kfac.reduce_factors()  # in the background of the backward pass
 
     update_start = time.perf_counter()
@@ -219,7 +217,7 @@ def update_params(
         run.restore_buffers(model)
     if accepted and kfac is not None and trial is not None:
         with torch.no_grad(), _random_state_of(model, random_state), kept_buffers(model):
-            after, _, _ = mean_loss(forward(model, update_batch_norm=False)[0])
+            _, after, _, _ = mean_loss(forward(model, update_batch_norm=False)[0])
         end_trial(kfac, trial, _over_ranks(loss), _over_ranks(after))
     if average is not None:
         average.take_in(model, global_step + 1)

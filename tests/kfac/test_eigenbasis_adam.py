@@ -9,6 +9,8 @@ from nets import Mean
 from torch import nn
 
 from submission.kfac import KFACConfig, Preconditioner
+from submission.kfac.linalg.factor import Factor
+from submission.kfac.linalg.inverses import followed_eigenvectors
 from submission.kfac.linalg.polar import polar_factor, with_equal_singular_values
 from submission.optimizers import NAdamW
 
@@ -40,10 +42,9 @@ def joint(gradients):
 
 
 def basis_of(kfac):
-    """Eigenvectors of B and of A."""
-    block = kfac.curvature()["0"]
-    factors = (block.gradient_covariance, block.input_covariance)
-    return tuple(torch.linalg.eigh(factor).eigenvectors for factor in factors)
+    """The vectors in use for B and A."""
+    basis = kfac.state.blocks["0"].inverse.eigenbasis()
+    return basis.b[0].clone(), basis.a[0].clone()
 
 
 def batch_of(t):
@@ -108,6 +109,30 @@ def test_the_moments_turn_along_with_the_basis(late):
             moments.turn(basis)
         torch.testing.assert_close(joint(update), moments.update(joint(plain)))
     assert turned == (3 if late else 4)
+
+
+@pytest.mark.parametrize("form", ["dense", "rows"])
+def test_a_followed_basis_comes_to_the_eigenvectors(form):
+    rows = torch.randn(1, 6, 5, dtype=torch.float64) * torch.tensor([3.0, 0.2, 1.0, 9.0, 0.05])
+    dense = rows.mT @ rows
+    factor = Factor(dense if form == "dense" else rows, form)
+    vectors = torch.eye(5, dtype=torch.float64)[None]
+    for _ in range(60):
+        quotients, vectors = followed_eigenvectors(factor, vectors)
+    eye = torch.eye(5, dtype=torch.float64)
+    torch.testing.assert_close(vectors.mT @ vectors, eye[None])
+    torch.testing.assert_close(quotients, torch.linalg.eigvalsh(dense).flip(-1))
+    torch.testing.assert_close(vectors.mT @ dense @ vectors, torch.diag_embed(quotients))
+
+
+def test_a_followed_basis_of_a_factor_without_rank_is_orthonormal():
+    vectors = torch.linalg.qr(torch.randn(1, 8, 8)).Q
+    one = torch.randn(1, 1, 8)
+    for _ in range(20):
+        quotients, vectors = followed_eigenvectors(Factor(one.mT @ one, "dense"), vectors)
+    torch.testing.assert_close(vectors.mT @ vectors, torch.eye(8)[None], atol=1e-5, rtol=0)
+    torch.testing.assert_close(quotients[0, 0], one.square().sum())
+    assert followed_eigenvectors(Factor(one.mT @ one * torch.nan, "dense"), vectors) is None
 
 
 def test_variances_of_uncorrelated_entries_turn_by_the_squares():
