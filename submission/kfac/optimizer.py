@@ -22,8 +22,9 @@ from .operations.sharing import SharingRule
 from .preconditioner import Preconditioner
 from .report import ReportRow
 
-# The best single setting of the study of optimizers (docs/optimizers.md). An eigendecomposition of
-# side 2,304 takes seconds on a CPU, of 4,608 half a minute: larger sides keep their diagonal.
+# The best single setting of the study of optimizers (docs/optimizers.md). The first
+# eigendecomposition of side 2,304 takes seconds on a CPU, of 4,608 half a minute: larger sides keep
+# their diagonal.
 DEFAULTS: dict[str, Any] = {
     "kfac_approx": "reduce",
     "fisher_type": "empirical",

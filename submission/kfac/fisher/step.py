@@ -33,9 +33,8 @@ STILL_OPEN = (
 NO_LOSS = (
     "this step updates the factors, but no loss is known: compute it by one of torch's functions "
     "(cross_entropy, binary_cross_entropy_with_logits, mse_loss, nll_loss) inside record(), or "
-    "state it after record() by update(logits, likelihood). Of CTC and all other losses "
-    "fisher_type='empirical' takes their own gradients: torch's ctc_loss is seen then, others are "
-    "stated by update(outputs, OwnGradients(), loss=loss)"
+    "state it after record() by update(logits, likelihood); with fisher_type='empirical' CTC is "
+    "seen too, and any loss can be stated by update(outputs, OwnGradients(), loss=loss)"
 )
 NOT_COME = (
     "the statistics of the recorded pass are to come from the backward pass of its loss, which has "
