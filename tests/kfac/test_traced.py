@@ -224,6 +224,34 @@ def test_it_compiles_once():
     assert backend.frame_count == 2
 
 
+def test_a_second_loss_can_come_later():
+    """Then the statistics take passes of their own through the compiled graph."""
+    results = []
+    for compiles in (False, True):
+        model = net("vision")
+        called = torch.compile(model, backend="aot_eager") if compiles else model
+        kfac = preconditioner(called)
+        for t in range(7):
+            generator = torch.Generator().manual_seed(t)
+            x = images(6, generator)
+            labels = torch.randint(CLASSES, (6,), generator=generator)
+            model.zero_grad()
+            with kfac.record():
+                logits = called(x)
+                loss = F.cross_entropy(logits, labels)
+                if t >= 4:
+                    loss = loss + 0.5 * F.mse_loss(logits, torch.zeros_like(logits))
+            loss.backward()
+            kfac.precondition()
+            with torch.no_grad():
+                for p in model.parameters():
+                    p -= 0.01 * p.grad
+        results += [model, kfac]
+        KEPT.append(called)
+    assert graphs(results[-1]).compiled == 1
+    assert_same(*results)
+
+
 @pytest.mark.parametrize("parts", [False, True])
 def test_a_model_that_is_called_twice_in_a_pass(parts):
     """Also in the pass in which the sizes of its inputs come for the second time."""

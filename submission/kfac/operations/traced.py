@@ -16,9 +16,11 @@ A graph that this cannot be done for is refused, see `compiled`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
@@ -32,6 +34,7 @@ from .record import Recording
 from .sharing import Positions, Sharing
 from .uses import Call, Use
 
+DONATIONS = "collect_bw_donated_buffer_idxs"  # torch's, which finds the buffers to give away
 MOST_SIZES = 8  # of the inputs of one graph that are compiled for; others run uncompiled
 
 
@@ -291,7 +294,7 @@ class TracedGraph:
             fake.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
             for value in (*arguments, *_probes(made, arguments))
         ]
-        with functorch.patch(donated_buffer=False):  # a pass may come through it twice
+        with _without_donations():
             made.run = self._backend(module, given)
         self._owner.compiled += 1
         return made
@@ -340,6 +343,19 @@ class TracedGraph:
         for (use, operation), x, probe in zip(made.calls, sums, probes, strict=True):
             recording.add(use, operation, x, probe, batch_dim=0, below=())
         return outputs[: made.outputs]
+
+
+def _without_donations() -> Any:
+    """Inside, backward passes are compiled that may come through their graph twice.
+
+    The setting `donated_buffer=False` would do it if it were the same when they run: torch leaves
+    the list of buffers None then, and what runs takes None for a list that is not empty.
+    """
+    for name in ("graph_compile", "jit_compile_runtime_wrappers"):
+        module = sys.modules.get(f"torch._functorch._aot_autograd.{name}")
+        if hasattr(module, DONATIONS):
+            return mock.patch.object(module, DONATIONS, return_value=[])
+    return functorch.patch(donated_buffer=False)
 
 
 def _probes(made: _Compiled, arguments: Sequence[Any]) -> list[Tensor]:
