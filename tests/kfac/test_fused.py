@@ -515,3 +515,44 @@ def test_a_recurrent_layer_that_is_called_later_becomes_a_layer_then():
     assert kfac.failures == {"statistics": 0, "inverse": 0, "memory": 0}
     rows = {row.name: row.preconditioner for row in kfac.report()}
     assert rows["layer.weight_ih_l0"] == "K-FAC-expand"
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("frozen", [
+    ("weight_hh_l0",), ("weight_ih_l0",), ("weight_ih_l0", "bias_ih_l0"),
+    ("weight_ih_l0", "bias_ih_l0", "weight_hh_l0"),
+], ids=str)  # fmt: skip
+def test_a_recurrent_layer_with_frozen_weights_is_as_its_steps_by_hand(frozen, approx):
+    class Net(nn.Module):
+        def __init__(self, by_hand):
+            super().__init__()
+            self.rnn, self.head = nn.RNN(3, 4, batch_first=True), nn.Linear(4, 3)
+            self.by_hand = by_hand
+            for name in frozen:
+                getattr(self.rnn, name).requires_grad_(False)
+
+        def forward(self, x):
+            if not self.by_hand:
+                return self.head(self.rnn(x)[0].mean(1))
+            rnn, h, outputs = self.rnn, x.new_zeros(len(x), 4), []
+            for t in range(x.shape[1]):
+                from_hidden = F.linear(h, rnn.weight_hh_l0, rnn.bias_hh_l0)
+                h = (F.linear(x[:, t], rnn.weight_ih_l0, rnn.bias_ih_l0) + from_hidden).tanh()
+                outputs.append(h)
+            return self.head(torch.stack(outputs, 1).mean(1))
+
+    found = []
+    for by_hand in (False, True):
+        torch.manual_seed(0)
+        model, x = Net(by_hand).double(), torch.randn(6, 5, 3, dtype=torch.float64)
+        kfac = Preconditioner(model, KFACConfig(kfac_approx=approx, fisher_type="type-2"))
+        with kfac.record():
+            loss = F.cross_entropy(model(x), torch.arange(6) % 3)
+        loss.backward()
+        kfac.precondition()
+        found.append(kfac.curvature())
+    assert set(found[0]) == set(found[1])
+    for name, one in found[0].items():
+        for which, value in vars(one).items():
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(value, getattr(found[1][name], which))

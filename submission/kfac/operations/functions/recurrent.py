@@ -129,7 +129,9 @@ class _Network:
         known: dict[str, Any] = {"batch_dim": 0}
         if mask is not None:
             known["sharing"] = Positions(mask=mask)
-        from_input: Tensor = self._rec.apply(F.linear, x, w_ih, b_ih, **known)
+        from_input: Tensor = linear(self._rec, F.linear, x, w_ih, b_ih, **known)
+        if from_input is NotImplemented:  # neither is tracked
+            from_input = F.linear(x, w_ih, b_ih)
         adds = self._kind != "gru" and from_input.requires_grad and not from_input._is_view()
         hidden = _StepMap(self._rec, w_hh, b_hh, from_input if adds else None, x.shape[:2])
         projected = [_StepMap(self._rec, weight, None, None, x.shape[:2]) for weight in projection]
