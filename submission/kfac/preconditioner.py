@@ -178,7 +178,8 @@ class Preconditioner:
             self._is_open = False
         self._pass = RecordedPass(recording, sharing)
         self._was_recorded = True
-        losses = usable(recording.losses, self.config.fisher_type)
+        step, fisher_type = self._state.step, self.config.fisher_type
+        losses = usable(recording.losses, fisher_type, warns=step == 0)
         if losses and not self._states_losses:
             self._collect(losses, is_seen=True)
 
@@ -202,7 +203,8 @@ class Preconditioner:
             mask: which terms count (bool or weights), see `likelihoods`.
             targets: the labels, for fisher_type="empirical" and ignore_index only.
             loss: what the one backward pass before the next `record` or `precondition` starts from,
-                or a multiple. Where statistics can come from it, no Fisher pass is made.
+                or a multiple. Where statistics can come from it, no Fisher pass is made. With
+                `OwnGradients` it is the mean or sum itself, not scaled: scale it afterwards.
 
         Raises:
             RuntimeError: the forward pass was not recorded, or the logits have no graph of it.

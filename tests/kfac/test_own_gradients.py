@@ -159,13 +159,79 @@ def test_labels_cannot_be_sampled_from_it():
 def test_the_loss_that_is_given_has_to_be_the_one():
     model, x = net(), torch.randn(EXAMPLES, FRAMES, 3)
 
-    def state(kfac, logits, loss):
-        kfac.update(logits, OwnGradients(), loss=l1(logits).mean())
-
-    with pytest.raises(RuntimeError, match="not from the loss that update was given"):
-        recorded(model, x, "expand", lambda logits: l1(logits).mean(), 1.0, state)
     with pytest.raises(ValueError, match="the loss itself is needed"):
         recorded(
             model, x, "expand", lambda logits: l1(logits).mean(), 1.0,
             lambda kfac, logits, loss: kfac.update(logits, OwnGradients()),
         )  # fmt: skip
+
+
+def test_what_else_reaches_the_outputs_is_no_part_of_it(caplog):
+    """At the first update, as with other likelihoods: it is dropped, and says why."""
+    model, x = net(), torch.randn(EXAMPLES, FRAMES, 3)
+    kfac = Preconditioner(model, KFACConfig(fisher_type="empirical"))
+    with kfac.record():
+        logits = model(x)
+    loss = l1(logits).mean()
+    kfac.update(logits, OwnGradients(), loss=loss)
+    (loss + 10 * logits.square().mean()).backward()
+    kfac.precondition()
+    assert sum(kfac.failures.values()) == 1
+    assert "not a multiple" in caplog.text
+    assert not kfac.curvature()
+
+
+def test_single_terms_are_unreduced():
+    model, x = net(), torch.randn(EXAMPLES, FRAMES, 3)
+    logits = model(x)
+    _, b = factors(model, x, torch.autograd.grad(l1(logits).sum(), logits)[0], "expand")
+
+    def state(kfac, logits, loss):
+        kfac.update(logits, OwnGradients(), loss=loss)
+
+    found = recorded(model, x, "expand", l1, 1.0, state)
+    torch.testing.assert_close(found.gradient_covariance, b)
+
+
+def test_later_updates_take_the_scale_from_the_loss():
+    model = net()
+    kfac = Preconditioner(
+        model, KFACConfig(fisher_type="empirical", factor_update_steps=1, inverse_update_steps=1)
+    )
+    for weight in (1.0, 2.0, 0.5):
+        model.zero_grad()
+        x = torch.randn(EXAMPLES, FRAMES, 3)
+        with kfac.record():
+            logits = model(x)
+        loss = l1(logits).mean()
+        _, b = factors(
+            model, x, EXAMPLES * torch.autograd.grad(loss, logits, retain_graph=True)[0], "expand"
+        )
+        kfac.update(logits, OwnGradients(), loss=loss)
+        (weight * loss).backward()
+        kfac.precondition()
+        torch.testing.assert_close(kfac.curvature()["2"].gradient_covariance, b)
+
+
+def test_a_ctc_loss_of_one_example_needs_a_dimension_for_it():
+    model = net()
+    kfac = Preconditioner(model, KFACConfig(fisher_type="empirical"))
+    x, labels, lengths = torch.randn(FRAMES, 3), torch.tensor([1, 2]), torch.tensor([FRAMES, 2])
+
+    def run():
+        with kfac.record():
+            F.ctc_loss(model(x).log_softmax(-1), labels, *lengths)
+
+    with pytest.raises(ValueError, match="without a dimension of examples"):
+        run()
+
+
+def test_a_ctc_loss_that_is_left_out_is_named(caplog):
+    model, x = net(), torch.randn(EXAMPLES, FRAMES, 3)
+    labels = torch.randint(CLASSES, (EXAMPLES * FRAMES,))
+    recorded(
+        model, x, "expand",
+        lambda logits: F.cross_entropy(logits.flatten(0, 1), labels) + ctc(logits, "mean"),
+        fisher_type="mc",
+    )  # fmt: skip
+    assert "has no part in the curvature" in caplog.text

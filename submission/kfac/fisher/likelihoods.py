@@ -357,7 +357,9 @@ class OwnGradients(Likelihood):
 
     Only its own gradients are known, which is what the empirical Fisher is made of: no labels can
     be sampled. An example is one term. A mask, one entry for each example, says which count; it is
-    in the loss already. `targets` are the gradient of the summed loss at the outputs.
+    in the loss already. The loss that is given has its own scale: what gradient accumulation or a
+    GradScaler multiply it by comes after. A loss of one entry an example is taken as unreduced.
+    `targets` are the gradient of the summed loss at the outputs.
 
     Args:
         batch_dim: the dimension of the outputs that counts the examples.

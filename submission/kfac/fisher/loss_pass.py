@@ -118,8 +118,9 @@ class LossWeight:
 
 def _summed_per_loss(loss: LossTerms, terms: Tensor) -> Tensor:
     """The summed loss as a multiple of a loss with the likelihood `OwnGradients`."""
-    assert isinstance(loss.likelihood, OwnGradients)
-    return torch.ones_like(terms) if loss.likelihood.is_sum else terms.clamp(min=1)
+    assert isinstance(loss.likelihood, OwnGradients) and loss.output is not None
+    is_summed = loss.likelihood.is_sum or loss.output.numel() > 1  # of single terms, unreduced
+    return torch.ones_like(terms) if is_summed else terms.clamp(min=1)
 
 
 def own_gradient(loss: LossTerms, terms: Tensor) -> Tensor:

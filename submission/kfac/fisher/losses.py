@@ -16,6 +16,10 @@ from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, OwnGradie
 
 logger = logging.getLogger(__name__)
 
+LEFT_OUT = (
+    "K-FAC: the ctc_loss beside other losses has no part in the curvature, since no labels can be "
+    "sampled from it: fisher_type='empirical' takes its own gradients"
+)
 UNEVEN = (
     "K-FAC: the terms of a loss with reduction='none' have weights of their own in the loss that "
     "is trained on (or some have none), but count alike in the curvature: state them by "
@@ -83,9 +87,13 @@ def _gaussian(arguments: dict[str, Any]) -> LossTerms:
 
 
 def _ctc(arguments: dict[str, Any]) -> LossTerms:
-    # The log-probabilities are [frames, examples, classes], or [frames, classes] of one example.
     outputs, is_mean = arguments["log_probs"], arguments["reduction"] == "mean"
-    return LossTerms(outputs, OwnGradients(batch_dim=outputs.dim() - 2, is_sum=not is_mean))
+    if outputs.dim() != 3:
+        raise ValueError(
+            f"ctc_loss was given log-probabilities {list(outputs.shape)} without a dimension of "
+            "examples: give it [frames, examples, classes]"
+        )
+    return LossTerms(outputs, OwnGradients(batch_dim=1, is_sum=not is_mean))
 
 
 _READERS: dict[str, Callable[[dict[str, Any]], LossTerms]] = {
@@ -104,12 +112,18 @@ def terms_of(seen: SeenLoss) -> LossTerms:
     return terms
 
 
-def usable(seen: Sequence[SeenLoss], fisher_type: str) -> list[LossTerms]:
-    """The terms of the losses that were seen, but for those that this Fisher cannot take."""
-    found = [terms_of(loss) for loss in seen]
+def usable(seen: Sequence[SeenLoss], fisher_type: str, *, warns: bool) -> list[LossTerms]:
+    """The terms of the losses that were seen, but for those that this Fisher cannot take.
+
+    Args:
+        warns: whether to say so if some are left out and others are not.
+    """
     if fisher_type == "empirical":
-        return found
-    return [terms for terms in found if not isinstance(terms.likelihood, OwnGradients)]
+        return [terms_of(loss) for loss in seen]
+    found = [terms_of(loss) for loss in seen if loss.function != "ctc_loss"]
+    if warns and found and len(found) < len(seen):
+        logger.warning(LEFT_OUT)
+    return found
 
 
 def parts_of(

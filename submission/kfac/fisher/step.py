@@ -124,7 +124,7 @@ class RecordedPass:
         output = loss.output if may_wait else None
         waits = output is not None and may_share(collection, output, logits)
         if isinstance(likelihood, OwnGradients):
-            if waits:
+            if waits and is_known:  # once it was looked at that nothing else reaches the outputs
                 self.loss_pass = LossPass(collection, logits, LossWeight(loss, terms))
                 return True
             loss.targets = own_gradient(loss, terms)
