@@ -118,7 +118,8 @@ class LossWeight:
 
 def _summed_per_loss(loss: LossTerms, terms: Tensor) -> Tensor:
     """The summed loss as a multiple of a loss with the likelihood `OwnGradients`."""
-    assert isinstance(loss.likelihood, OwnGradients) and loss.output is not None
+    assert isinstance(loss.likelihood, OwnGradients)
+    assert loss.output is not None
     is_summed = loss.likelihood.is_sum or loss.output.numel() > 1  # of single terms, unreduced
     return torch.ones_like(terms) if is_summed else terms.clamp(min=1)
 
