@@ -6,7 +6,8 @@ for Modern Neural Network Architectures", NeurIPS 2023, arXiv 2311.00636. Needs 
 
 from .blocks.public import Curvature, DiagonalCurvature, KroneckerFactors, UnitwiseCurvature
 from .config import KFACConfig
-from .fisher.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, OwnGradients
+from .fisher.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from .fisher.own_gradients import OwnGradients
 from .functional import curvature, kronecker_factors
 from .operations.sharing import Positions, RaggedBatch, Segments, SharingError
 from .optimizer import KFAC

@@ -178,8 +178,7 @@ class Preconditioner:
             self._is_open = False
         self._pass = RecordedPass(recording, sharing)
         self._was_recorded = True
-        step, fisher_type = self._state.step, self.config.fisher_type
-        losses = usable(recording.losses, fisher_type, warns=step == 0)
+        losses = usable(recording.losses, self.config.fisher_type, warns=not self._state.step)
         if losses and not self._states_losses:
             self._collect(losses, is_seen=True)
 
@@ -203,8 +202,7 @@ class Preconditioner:
             mask: which terms count (bool or weights), see `likelihoods`.
             targets: the labels, for fisher_type="empirical" and ignore_index only.
             loss: what the one backward pass before the next `record` or `precondition` starts from,
-                or a multiple. Where statistics can come from it, no Fisher pass is made. With
-                `OwnGradients` it is the mean or sum itself, not scaled: scale it afterwards.
+                or a multiple (not with `OwnGradients`): it may save a Fisher pass.
 
         Raises:
             RuntimeError: the forward pass was not recorded, or the logits have no graph of it.
@@ -385,8 +383,7 @@ class Preconditioner:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs: tensors and plain Python values only."""
-        plain = {"seed": self.config.seed, **self._seen.to_dict()}
-        return {**self._state.to_dict(), **plain}
+        return {**self._state.to_dict(), "seed": self.config.seed, **self._seen.to_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a state; tensors move to the device of the parameters.

@@ -167,7 +167,7 @@ def test_the_loss_that_is_given_has_to_be_the_one():
 
 
 def test_what_else_reaches_the_outputs_is_no_part_of_it(caplog):
-    """At the first update, as with other likelihoods: it is dropped, and says why."""
+    """As with other likelihoods, the first update is dropped, and says why."""
     model, x = net(), torch.randn(EXAMPLES, FRAMES, 3)
     kfac = Preconditioner(model, KFACConfig(fisher_type="empirical"))
     with kfac.record():

@@ -351,56 +351,10 @@ class Gaussian(Likelihood):
         yield torch.full_like(logits, 1 / math.sqrt(self.variance))
 
 
-@dataclass(frozen=True)
-class OwnGradients(Likelihood):
-    """Any loss that adds up functions of the outputs of one example each, such as CTC.
-
-    Only its own gradients are known, which is what the empirical Fisher is made of: no labels can
-    be sampled. An example is one term. A mask, one entry for each example, says which count; it is
-    in the loss already. The loss that is given has its own scale: what gradient accumulation or a
-    GradScaler multiply it by comes after. A loss of one entry an example is taken as unreduced.
-    `targets` are the gradient of the summed loss at the outputs.
-
-    Args:
-        batch_dim: the dimension of the outputs that counts the examples.
-        is_sum: whether the loss that is given is the sum over the examples, not their mean.
-    """
-
-    batch_dim: int = 0
-    is_sum: bool = False
-
-    def example_dim(self, logits: Tensor) -> int:
-        return self.batch_dim % max(logits.dim(), 1)
-
-    def term_shape(self, logits: Tensor) -> torch.Size:
-        return torch.Size([logits.shape[self.example_dim(logits)]])
-
-    def _root_weight(
-        self, mask: Tensor | None, logits: Tensor, targets: Tensor | None
-    ) -> Tensor | None:
-        del mask, targets
-        return None if self.scale == 1.0 else logits.new_tensor(math.sqrt(self.scale))
-
-    def _at_targets(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return targets.to(logits.dtype)
-
-    def _sampled(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
-        raise ValueError(NO_LABELS)
-
-    def _hessian_root(self, logits: Tensor) -> Iterator[Tensor]:
-        raise ValueError(NO_LABELS)
-
-
-NO_LABELS = (
-    "of a loss's own gradients no labels can be sampled and no GGN be made: "
-    "fisher_type='empirical' takes them, other Fishers a likelihood"
-)
-
 LIKELIHOODS: dict[str, type[Likelihood]] = {
     "categorical": Categorical,
     "bernoulli": Bernoulli,
     "gaussian": Gaussian,
-    "own_gradients": OwnGradients,
 }
 
 

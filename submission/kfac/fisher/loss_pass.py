@@ -2,8 +2,7 @@
 
 The would-be gradients at the true labels are the gradient of the summed loss, and the loss that is
 trained on is c times that sum. Its backward pass shows each call's outputs c times what a Fisher
-pass would: c is measured at the logits, or at the loss where its own gradients are all that is
-known of it (`OwnGradients`), and taken out of the sums when they are complete.
+pass would: c is measured at the logits, and taken out of the sums when they are complete.
 
 BatchNorm with the statistics of the batch is where the two differ. A Fisher pass has random signs
 there (see `passes`), and is right on average. In the loss's pass, what reaches an example's outputs
@@ -13,7 +12,6 @@ from the losses of others counts as the example's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,19 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 from .. import tuning
 from .collect import Collection
 from .graph import GraphError, graph_kept, reaches_beside
-from .likelihoods import OwnGradients
-from .losses import LossTerms
 from .passes import FisherPass
-
-NO_OUTPUT = (
-    "of a loss by its own gradients the loss itself is needed: update(outputs, OwnGradients(), "
-    "loss=loss)"
-)
-OTHER_LOSS = (
-    "a backward pass has come to the outputs, but not from the loss that update was given: give it "
-    "the loss that is differentiated, or what that is made from"
-)
-OTHER_OUTPUTS = "the loss that update was given does not depend on the outputs that it was given"
 
 
 class LossPass:
@@ -43,17 +29,18 @@ class LossPass:
     Args:
         collection: of the forward pass that the loss was computed from.
         logits: its output.
-        measure: c, from the gradient at the logits.
+        which: the would-be gradients at the true labels.
+        terms: number of loss terms, which the caller will divide by.
 
     Attributes:
         is_over: whether the backward pass has come, and to its end.
     """
 
     def __init__(
-        self, collection: Collection, logits: Tensor, measure: Callable[[Tensor], Tensor]
+        self, collection: Collection, logits: Tensor, which: FisherPass, terms: Tensor
     ) -> None:
-        self.collection, self.is_over = collection, False
-        self._measure = measure
+        self.collection, self.terms, self.is_over = collection, terms, False
+        self._vector = which.vector
         self._scale: Tensor | None = None
         edge = get_gradient_edge(logits)
         self._at_logits = [call for call in collection.calls if call.edge == edge]
@@ -68,7 +55,7 @@ class LossPass:
                 "one pass of the loss: leave `loss` out of kfac.update to have a pass of its own "
                 "for them"
             )
-        self._scale = self._measure(gradient.detach())
+        self._scale = proportion(gradient.detach(), self._vector, self.terms)
         self.collection.listen(True)
         for call in self._at_logits:  # their own hooks came before this one
             self.collection.hear(call, gradient.detach())
@@ -89,57 +76,6 @@ class LossPass:
         """Waits no longer."""
         self._handle.remove()
         self.collection.listen(False)
-
-
-class LossWeight:
-    """c of a loss of which its own gradients are all that is known, as `LossPass` asks for it.
-
-    Args:
-        loss: with the likelihood `OwnGradients`, and the output that is differentiated.
-        terms: number of its terms.
-    """
-
-    def __init__(self, loss: LossTerms, terms: Tensor) -> None:
-        assert loss.output is not None
-        self._unit = _summed_per_loss(loss, terms) * math.sqrt(loss.likelihood.scale)
-        self._weight: Tensor | None = None
-        loss.output.register_hook(self._hear)  # type: ignore[no-untyped-call]
-
-    def _hear(self, gradient: Tensor) -> None:
-        self._weight = gradient.detach()
-
-    def __call__(self, gradient: Tensor) -> Tensor:
-        """c; the gradient at the logits is not looked at."""
-        if self._weight is None:
-            raise GraphError(OTHER_LOSS)
-        scale = self._weight.reshape(()).to(self._unit.dtype) / self._unit
-        return torch.where(scale != 0, scale, torch.nan)
-
-
-def _summed_per_loss(loss: LossTerms, terms: Tensor) -> Tensor:
-    """The summed loss as a multiple of a loss with the likelihood `OwnGradients`."""
-    assert isinstance(loss.likelihood, OwnGradients)
-    assert loss.output is not None
-    is_summed = loss.likelihood.is_sum or loss.output.numel() > 1  # of single terms, unreduced
-    return torch.ones_like(terms) if is_summed else terms.clamp(min=1)
-
-
-def own_gradient(loss: LossTerms, terms: Tensor) -> Tensor:
-    """The gradient of the summed loss at the outputs, for the likelihood `OwnGradients`.
-
-    Raises:
-        ValueError: no loss is known.
-        GraphError: it has no graph, or does not depend on the outputs.
-    """
-    if loss.output is None:
-        raise ValueError(NO_OUTPUT)
-    with graph_kept():
-        (gradient,) = torch.autograd.grad(
-            loss.output.sum(), loss.logits, retain_graph=True, allow_unused=True
-        )
-    if gradient is None:
-        raise GraphError(OTHER_OUTPUTS)
-    return gradient * _summed_per_loss(loss, terms)
 
 
 def may_share(collection: Collection, loss: Tensor, logits: Tensor) -> bool:

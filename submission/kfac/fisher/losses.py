@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..operations.uses import SeenLoss
-from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, OwnGradients
+from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from .own_gradients import OwnGradients
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from ..operations.record import Recording
 from ..operations.sharing import SharingRule
 from ..ranks.collectives import Reduction, rank
 from .collect import Collection
-from .likelihoods import OwnGradients
-from .loss_pass import LossPass, LossWeight, is_multiple, may_share, own_gradient, proportion
+from .loss_pass import LossPass, is_multiple, may_share
 from .losses import LossTerms, parts_of, watch_weights
+from .own_gradients import OwnGradients
 from .passes import fisher_passes
 from .sampling import sampling_seed
 
@@ -121,13 +121,8 @@ class RecordedPass:
         is_known = not looks
         if collection.out_of_memory is not None:
             return is_known
-        output = loss.output if may_wait else None
-        waits = output is not None and may_share(collection, output, logits)
         if isinstance(likelihood, OwnGradients):
-            if waits and is_known:  # once it was looked at that nothing else reaches the outputs
-                self.loss_pass = LossPass(collection, logits, LossWeight(loss, terms))
-                return True
-            loss.targets = own_gradient(loss, terms)
+            loss.targets = likelihood.gradient_of(loss.output, logits, terms)
         passes = partial(
             fisher_passes,
             likelihood,
@@ -140,12 +135,11 @@ class RecordedPass:
             generator=generator,
             examples=collection.numbers_of_examples().values(),
         )
-        if output is not None and waits:
+        if loss.output is not None and may_wait and may_share(collection, loss.output, logits):
             (at_labels,) = passes(signs=False)
-            is_known = is_known or is_multiple(output, logits, at_labels, terms)
+            is_known = is_known or is_multiple(loss.output, logits, at_labels, terms)
             if is_known:
-                measure = partial(proportion, vector=at_labels.vector, terms=terms)
-                self.loss_pass = LossPass(collection, logits, measure)
+                self.loss_pass = LossPass(collection, logits, at_labels, terms)
                 return True
         signs = True if collection.has_diagonals else None
         self.recording.is_collected = False

@@ -267,10 +267,9 @@ def _damped_gram(gram: Tensor, added: Tensor) -> Tensor | None:
 def followed_eigenvectors(factor: Factor, before: Tensor) -> tuple[Tensor, Tensor] | None:
     """A step of orthogonal iteration from the eigenvectors of an earlier average of the factor.
 
-    A QR decomposition takes half the time of an `eigh` or less. Over the steps of training the
-    vectors follow the eigenvectors, as in SOAP (Vyas et al. 2024); their Rayleigh quotients are no
-    eigenvalues, for rules that need none. Larger ones come first, which the iteration would turn
-    the vectors to anyway.
+    Cheaper than an `eigh` (docs/speed.md). Over the steps of training the vectors follow the
+    eigenvectors, as in SOAP (Vyas et al. 2024); their Rayleigh quotients are no eigenvalues, for
+    rules that need none. Larger ones come first, to which the iteration turns the vectors anyway.
 
     Args:
         before: [groups, d, d], the vectors in columns.

@@ -66,7 +66,6 @@ class Call:
         batch_dim: the dimension of input and output that counts the examples, where the operation
             itself says so; None where the rule does.
         sharing: how rows share the weight, where the operation itself says so.
-        position: which of the rule's positions the input is, where it is one of them.
         handle: of the hook that hears the output's gradient.
     """
 
@@ -78,7 +77,6 @@ class Call:
     below: tuple[Node, ...]
     batch_dim: int | None = None
     sharing: Sharing | None = None
-    position: int | None = None
     handle: RemovableHandle | None = None
 
     def release(self) -> None:

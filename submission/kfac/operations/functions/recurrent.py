@@ -8,7 +8,7 @@ to them, which has them all.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -133,8 +133,8 @@ class _Network:
         if from_input is NotImplemented:  # neither is tracked
             from_input = F.linear(x, w_ih, b_ih)
         adds = self._kind != "gru" and from_input.requires_grad and not from_input._is_view()
-        hidden = _StepMap(self._rec, w_hh, b_hh, from_input if adds else None, x.shape[:2])
-        projected = [_StepMap(self._rec, weight, None, None, x.shape[:2]) for weight in projection]
+        hidden = _StepMap(self._rec, w_hh, b_hh, from_input if adds else None, x.shape[1])
+        projected = [_StepMap(self._rec, weight, None, None, x.shape[1]) for weight in projection]
         parts = from_input.unbind(1)
         outputs: list[Tensor] = []
         steps = range(x.shape[1])
@@ -162,30 +162,30 @@ class _StepMap:
     Args:
         rec: where to.
         weight, bias: of the map.
-        added: what is added to its outputs anyway, [N, T, P_out], non-linearly in nothing but the
-            sum; None where there is no such tensor.
-        size: N and T.
+        added: a tensor [N, T, P_out] that the outputs enter nothing but a sum with; None where
+            there is none, and zeros are added.
+        steps: T.
     """
 
     def __init__(
-        self, rec: Recording, weight: Tensor, bias: Any, added: Tensor | None, size: Sequence[int]
+        self, rec: Recording, weight: Tensor, bias: Any, added: Tensor | None, steps: int
     ) -> None:
         self._rec, self._weight, self._bias = rec, weight, bias
-        self._inputs: list[Tensor | None] = [None] * size[1]
-        self._probe = added
+        self._inputs: dict[int, Tensor] = {}
+        self._added, self._steps = added, steps
         self._zeros: Sequence[Tensor] = ()
-        if added is None:
-            self._probe = weight.new_zeros(*size, len(weight), requires_grad=True)
-            self._zeros = self._probe.unbind(1)
 
     def __call__(self, x: Tensor, t: int) -> Tensor:
         """The outputs of step t; x [N, P_in]."""
         y = F.linear(x, self._weight, self._bias)
         self._rec.pass_by(y, x)
         self._inputs[t] = x.detach()
+        if self._added is None:
+            self._added = y.new_zeros(len(y), self._steps, y.shape[-1], requires_grad=True)
+            self._zeros = self._added.unbind(1)
         return y + self._zeros[t] if self._zeros else y
 
     def record(self, known: dict[str, Any]) -> None:
         """Records all steps; `known`: fields of the call."""
-        inputs = torch.stack(cast("list[Tensor]", self._inputs), 1)
-        linear(self._rec, lambda *_: self._probe, inputs, self._weight, self._bias, **known)
+        inputs = torch.stack([self._inputs[t] for t in range(self._steps)], 1)
+        linear(self._rec, lambda *_: self._added, inputs, self._weight, self._bias, **known)
