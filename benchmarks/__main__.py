@@ -16,7 +16,8 @@ from benchmarks.architectures import ARCHITECTURES
 from benchmarks.methods import APPROXES, FISHERS
 from benchmarks.models import SIZES
 from benchmarks.report import environment, save_figure, save_json
-from benchmarks.rows import METHODS, Row, choose_rows
+from benchmarks.rows import METHODS, Row, choose_rows, make_step
+from benchmarks.timing import Step
 from quickstart.allocator import keep_freed_memory
 
 MODELS = ("wrn", "vit", "gpt")
@@ -55,11 +56,14 @@ def _parser() -> argparse.ArgumentParser:
     covered.add_argument("--markdown", action="store_true", help="print a table for the docs")
     covered.add_argument("--steps", type=int, metavar="N",
         help="instead: the loss after N steps on one batch with KFAC's defaults")  # fmt: skip
-    probe = commands.add_parser("probe", help="one measurement of `memory`, printed as JSON")
+    text = "one measurement of `memory` or, with --every-step, of `every-step`, printed as JSON"
+    probe = commands.add_parser("probe", help=text)
     probe.add_argument("row")
     probe.add_argument("model")
     probe.add_argument("batch_size", type=int)
     probe.add_argument("--device", default="cpu")
+    probe.add_argument("--every-step", action="store_true")
+    probe.add_argument("--eager", action="store_true")
     probe.add_argument("--threads", type=int, default=2)
     probe.add_argument("--size", choices=SIZES, default="full")
     return parser
@@ -125,9 +129,7 @@ def _run_memory(options: Any, device: torch.device, console: Console) -> list[di
     results = []
     for model in options.models:
         for batch_size in step.batch_sizes(model, options.batch_sizes)[-1:]:
-            result = memory.measure_memory(
-                model, batch_size, rows, device, options.threads, options.size
-            )
+            result = memory.measure_memory(model, batch_size, rows, device, options.size)
             console.print(memory.memory_table(result, rows))
             results.append(result)
     save_figure(options.output, "memory", memory.memory_figure(results))
@@ -140,7 +142,7 @@ def _run_sweep(options: Any, device: torch.device, console: Console) -> list[dic
     for model in options.models:
         result = sweep.measure_sweep(
             model, options.batch_sizes, rows, options.repeats, device, console,
-            options.threads, options.size,
+            options.size,
         )  # fmt: skip
         console.print(sweep.sweep_table(result))
         results.append(result)
@@ -196,6 +198,13 @@ def _run_profile(options: Any, device: torch.device, console: Console) -> list[d
     return results
 
 
+def _probed(options: Any, device: torch.device) -> Step:
+    of = options.model, options.batch_size, device, options.size
+    if options.every_step:
+        return every_step.warm_step(options.row, *of, compiled=not options.eager)
+    return make_step(Row.parse(options.row), *of)
+
+
 def _run_coverage(names: Sequence[str], markdown: bool, steps: int | None) -> int:
     unknown = [name for name in names if name not in ARCHITECTURES]
     if unknown:
@@ -245,8 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command not in ("probe", "memory"):
         keep_freed_memory()
     if options.command == "probe":
-        row = Row.parse(options.row)
-        memory.print_probe(row, options.model, options.batch_size, device, options.size)
+        memory.print_probe(lambda: _probed(options, device), device)
         return 0
     results = _COMMANDS[options.command](options, device, console)
     saved = {"environment": environment(device), "results": results}

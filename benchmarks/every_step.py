@@ -1,8 +1,9 @@
 """`every-step`: what factors in every step cost, with K-FAC-reduce and the shipped settings.
 
-Two questions, each of one network, in turns with the same network without K-FAC: what do the
-statistics of true labels cost, compiled where AlgoPerf compiles; and how much longer than the
-median is the longest step, where inverses are renewed every 10 steps, in turns or together.
+Three questions, each of one network, in turns with the same network without K-FAC: what do the
+statistics cost, compiled where AlgoPerf compiles; what do they add to the peak of memory; and how
+much longer than the median is the longest step, where inverses are renewed every 10 steps, in turns
+or together.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks.memory import probe
 from benchmarks.methods import LEARNING_RATE
 from benchmarks.models import TITLES, Case, make_case
 from benchmarks.report import make_table, progress_bar, ratio_text
@@ -27,6 +29,7 @@ BACKENDS = {"vit": "inductor", "gpt": "inductor", "graph": None}  # AlgoPerf run
 RENEWALS = ("in_turns", "together")
 PLAIN, FORWARD, TO_OUTPUTS = "without", "forward", "to outputs"
 INTERVAL = 10
+WARM = 3  # steps: seen, seen with all blocks known, compiled
 
 
 def _case(model: str, batch_size: int, device: torch.device, size: str, compiled: bool) -> Case:
@@ -96,6 +99,20 @@ def _statistics_step(case: Case, fisher: str) -> Step:
     return step
 
 
+def warm_step(
+    statistics: str, model: str, batch_size: int, device: torch.device, size: str, *, compiled: bool
+) -> Step:
+    """A pass with statistics ("mc" or "empirical") or without, after `WARM` of them.
+
+    What is kept from pass to pass is in memory then: factors, compiled code.
+    """
+    case = _case(model, batch_size, device, size, compiled)
+    step = _plain_step(case) if statistics == PLAIN else _statistics_step(case, statistics)
+    for _ in range(WARM):
+        step()
+    return step
+
+
 def measure_every_step(
     model: str,
     batch_size: int,
@@ -108,17 +125,19 @@ def measure_every_step(
     compiled: bool = True,
 ) -> dict[str, Any]:
     """Ratios of steps with statistics to those without, and the longest step to the median."""
-    steps: dict[str, Step] = {PLAIN: _plain_step(_case(model, batch_size, device, size, compiled))}
-    for fisher in fishers:
-        case = _case(model, batch_size, device, size, compiled)
-        steps[fisher] = _statistics_step(case, fisher)
+    kinds = [PLAIN, *fishers]
+    eager = [] if compiled else ["--eager"]
+    memory = {
+        name: probe(name, model, batch_size, device, size, "--every-step", *eager)
+        for name in kinds
+    }
+    steps: dict[str, Step] = {
+        name: warm_step(name, model, batch_size, device, size, compiled=compiled) for name in kinds
+    }
     if "mc" in fishers:
         for name, backwards in ((FORWARD, False), (TO_OUTPUTS, True)):
             case = _case(model, batch_size, device, size, compiled=False)
             steps[name] = _to_outputs_step(case, backwards)
-    for step in steps.values():
-        for _ in range(3):  # seen, seen with all blocks known, compiled
-            step()
     with progress_bar(console, f"{model} {batch_size}", len(steps) * (repeats + 1)) as tick:
         result = race(steps, repeats, device, tick)
     if result.failures:
@@ -135,6 +154,7 @@ def measure_every_step(
             for fisher in fishers
         },
         "seconds": {name: asdict(result.seconds(name, "wall")) for name in steps},
+        "memory": memory,
         "longest": longest,
     }
 
@@ -162,8 +182,9 @@ def every_step_table(result: dict[str, Any]) -> Table:
     plain = result["seconds"][PLAIN]["median"]
     table = make_table(
         f"{result['title']}, batch {result['batch_size']}, {result['backend']}",
-        ["statistics of", "wall / step without", "CPU / step without", "s"],
-        f"a step without: {plain:.3f} s (forward and backward pass); medians (quartiles)\n"
+        ["statistics of", "wall / step without", "CPU / step without", "s", "MiB"],
+        f"a step without: {plain:.3f} s (forward and backward pass), "
+        f"{_mib(result['memory'][PLAIN])} MiB above what is kept; medians (quartiles)\n"
         + "\n".join(
             f"longest of {INTERVAL} whole steps, inverses {renewal}: {one['longest']:.3f} s, "
             f"{one['ratio']:.2f} times the median"
@@ -179,9 +200,13 @@ def every_step_table(result: dict[str, Any]) -> Table:
     for fisher, ratios in result["ratios"].items():
         table.add_row(
             fisher, ratio_text(Spread(**ratios["wall"])), ratio_text(Spread(**ratios["cpu"])),
-            f"{result['seconds'][fisher]['median']:.3f}",
+            f"{result['seconds'][fisher]['median']:.3f}", _mib(result["memory"][fisher]),
         )  # fmt: skip
     return table
+
+
+def _mib(probed: dict[str, Any]) -> str:
+    return f"{probed['mib']:.0f}" if "mib" in probed else f"none: {probed['failure']}"
 
 
 def every_step_figure(results: list[dict[str, Any]]) -> Any:

@@ -1,7 +1,7 @@
 """`memory`: peak memory of a step above the loaded model.
 
 Every row runs in a process of its own. On a CPU the figure is the growth of the process's largest
-resident set (`resource.ru_maxrss`) over `STEPS` steps, counted from when network and batch are in
+resident set (Linux' `VmHWM`) over `STEPS` steps, counted from when network and batch are in
 memory; the C library is told to return every freed block of 64 KiB or more at once, so that the
 resident set follows what is in use. Libraries' own scratch space is part of it, for SGD as for
 all others. On a GPU it is `torch.cuda.max_memory_allocated`, counted from the same moment.
@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from rich.table import Table
 
 from benchmarks.models import TITLES
 from benchmarks.report import make_table
-from benchmarks.rows import NOTES, SGD, Row, failure_lines, make_step
-from benchmarks.timing import first_line
+from benchmarks.rows import NOTES, SGD, Row, failure_lines
+from benchmarks.timing import Step, first_line
 
 STEPS = 3
 MALLOC = {
@@ -34,16 +34,13 @@ MALLOC = {
 }
 
 
-def peak_above_model(
-    row: Row, model: str, batch_size: int, device: torch.device, size: str
-) -> float:
-    """MiB by which `STEPS` steps raise the peak of this process."""
-    step = make_step(row, model, batch_size, device, size)
+def peak_of_steps(step: Step, device: torch.device) -> float:
+    """MiB by which `STEPS` steps raise the peak above what is in memory now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = float(torch.cuda.memory_allocated(device))
     else:
-        before = _largest_resident_set()
+        before = _largest_resident_set(reset=True)
     for _ in range(STEPS):
         step()
     if device.type == "cuda":
@@ -53,28 +50,35 @@ def peak_above_model(
     return (after - before) / 2**20
 
 
-def _largest_resident_set() -> float:
-    """Bytes. Linux counts in KiB, macOS in bytes."""
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return float(largest) * (1 if sys.platform == "darwin" else 1024)
+def _largest_resident_set(*, reset: bool = False) -> float:
+    """Bytes, since the process began or this was last reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return 1024 * float(status.partition("VmHWM:")[2].split()[0])
 
 
-def print_probe(row: Row, model: str, batch_size: int, device: torch.device, size: str) -> None:
+def print_probe(make: Callable[[], Step], device: torch.device) -> None:
     """Measures in this process and prints a line of JSON; what a child process does."""
     try:
-        result: dict[str, Any] = {"mib": peak_above_model(row, model, batch_size, device, size)}
+        result: dict[str, Any] = {"mib": peak_of_steps(make(), device)}
     except Exception as error:  # whatever a peer raises is its row's text
         result = {"failure": first_line(error)}
     print(json.dumps(result))
 
 
 def probe(
-    row: Row, model: str, batch_size: int, device: torch.device, threads: int, size: str
+    row: str, model: str, batch_size: int, device: torch.device, size: str, *options: str
 ) -> dict[str, Any]:
-    """{"mib": ...} or {"failure": ...}, measured in a fresh process."""
+    """{"mib": ...} or {"failure": ...}, measured in a fresh process.
+
+    Args:
+        row: its key; other arguments as those of the command line.
+    """
     command = [
-        sys.executable, "-m", "benchmarks", "probe", row.key, model, str(batch_size),
-        "--device", str(device), "--threads", str(threads), "--size", size,
+        sys.executable, "-m", "benchmarks", "probe", row, model, str(batch_size),
+        "--device", str(device), "--threads", str(torch.get_num_threads()), "--size", size,
+        *options,
     ]  # fmt: skip
     root = str(Path(__file__).resolve().parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -89,14 +93,14 @@ def probe(
 
 
 def measure_memory(
-    model: str, batch_size: int, rows: list[Row], device: torch.device, threads: int, size: str
+    model: str, batch_size: int, rows: list[Row], device: torch.device, size: str
 ) -> dict[str, Any]:
     """Peaks of all rows on one network."""
     return {
         "model": model,
         "title": TITLES[model],
         "batch_size": batch_size,
-        "rows": {row.key: probe(row, model, batch_size, device, threads, size) for row in rows},
+        "rows": {row.key: probe(row.key, model, batch_size, device, size) for row in rows},
     }
 
 

@@ -23,7 +23,6 @@ def measure_sweep(
     repeats: int,
     device: torch.device,
     console: Console,
-    threads: int,
     size: str = "full",
 ) -> dict[str, Any]:
     """CPU seconds (wall seconds on a GPU) and MiB of every row at every batch size."""
@@ -41,7 +40,7 @@ def measure_sweep(
         for row in rows:
             ran = row.key in result.samples
             seconds[row.key].append(result.seconds(row.key, clock).median if ran else None)
-            found = probe(row, model, batch_size, device, threads, size) if ran else {}
+            found = probe(row.key, model, batch_size, device, size) if ran else {}
             memory[row.key].append(found.get("mib"))
     return {
         "model": model,
