@@ -91,12 +91,12 @@ MODELS = {
 }  # fmt: skip
 
 
-def batch(shape, step, dtype):
+def batch(shape, step, dtype, examples=6):
     generator = torch.Generator().manual_seed(step)
-    labels = torch.randint(3, (6,), generator=generator)
+    labels = torch.randint(3, (examples,), generator=generator)
     if shape is None:
-        return torch.randint(7, (6, 5), generator=generator), labels
-    return torch.randn(6, *shape, generator=generator, dtype=dtype), labels
+        return torch.randint(7, (examples, 5), generator=generator), labels
+    return torch.randn(examples, *shape, generator=generator, dtype=dtype), labels
 
 
 def plain(model, x):

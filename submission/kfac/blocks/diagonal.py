@@ -104,7 +104,8 @@ class Unitwise(BlockCurvature):
     f: Tensor
 
     def mean_eigenvalue(self) -> Tensor:
-        return self.f[[0, -1]].mean().reshape(1)
+        # Not by an index [0, -1]: it comes from the CPU, which waits for a GPU.
+        return torch.stack([self.f[0], self.f[-1]]).mean().reshape(1)
 
     def moved_towards(self, new: Unitwise, weight: float) -> Unitwise:
         self.f.lerp_(new.f, weight)
@@ -133,7 +134,7 @@ class Unitwise(BlockCurvature):
         """[units, 2, 2] or [units, 1, 1]."""
         if len(self.f) == 1:
             return self.f.reshape(-1, 1, 1)
-        return self.f[[0, 1, 1, 2]].T.reshape(-1, 2, 2)
+        return torch.stack([self.f[0], self.f[1], self.f[1], self.f[2]], -1).reshape(-1, 2, 2)
 
     def public(self) -> UnitwiseCurvature:
         return UnitwiseCurvature(self._blocks().clone())

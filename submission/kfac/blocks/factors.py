@@ -82,8 +82,7 @@ class Factors(BlockCurvature):
 
 
 def _eigenvectors(factor: Factor, before: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
-    found = None if before is None else followed_eigenvectors(factor, before)
-    return eigendecomposition(factor) if found is None else found
+    return eigendecomposition(factor) if before is None else followed_eigenvectors(factor, before)
 
 
 @dataclass

@@ -79,7 +79,7 @@ class Likelihood(ABC):
         """Number of terms (sum of weights) of the mean loss, a scalar tensor."""
         mask = self._term_mask(mask, logits, targets)
         if mask is None:
-            return torch.tensor(float(self.term_shape(logits).numel()), device=logits.device)
+            return torch.full((), float(self.term_shape(logits).numel()), device=logits.device)
         return mask.sum(dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
 
     def would_be_gradients(
@@ -160,7 +160,7 @@ class Likelihood(ABC):
         """√(weight · scale) in a shape that broadcasts over the logits, or None."""
         mask = self._term_mask(mask, logits, targets)
         if mask is None:
-            return None if self.scale == 1.0 else logits.new_tensor(math.sqrt(self.scale))
+            return None if self.scale == 1.0 else logits.new_full((), math.sqrt(self.scale))
         if mask.device.type == "cpu" and mask.dtype != torch.bool and bool((mask < 0).any()):
             raise ValueError(
                 f"the mask has negative weights (down to {float(mask.min()):g}); weights of loss "

@@ -50,7 +50,7 @@ class OwnGradients(Likelihood):
         self, mask: Tensor | None, logits: Tensor, targets: Tensor | None
     ) -> Tensor | None:
         del mask, targets
-        return None if self.scale == 1.0 else logits.new_tensor(math.sqrt(self.scale))
+        return None if self.scale == 1.0 else logits.new_full((), math.sqrt(self.scale))
 
     def _at_targets(self, logits: Tensor, targets: Tensor) -> Tensor:
         return targets.to(logits.dtype)

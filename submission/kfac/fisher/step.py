@@ -343,7 +343,7 @@ class StepStatistics:
             sums.pad(zeros)
             tensors += sums.tensors()
         total.sums = known
-        self._discoveries = total.terms[0].new_tensor(float(discoveries))
+        self._discoveries = total.terms[0].new_full((), float(discoveries))
         weighted = total.weighted if losses > 1 else []
         tensors += [(terms, False) for terms in (*total.terms, *weighted, self._discoveries)]
         self._reduction = Reduction([t for t, _ in tensors], [mark for _, mark in tensors])

@@ -264,7 +264,7 @@ def _damped_gram(gram: Tensor, added: Tensor) -> Tensor | None:
     return _damped_cholesky(gram, added)
 
 
-def followed_eigenvectors(factor: Factor, before: Tensor) -> tuple[Tensor, Tensor] | None:
+def followed_eigenvectors(factor: Factor, before: Tensor) -> tuple[Tensor, Tensor]:
     """A step of orthogonal iteration from the eigenvectors of an earlier average of the factor.
 
     Cheaper than an `eigh` (docs/speed.md). Over the steps of training the vectors follow the
@@ -275,16 +275,16 @@ def followed_eigenvectors(factor: Factor, before: Tensor) -> tuple[Tensor, Tenso
         before: [groups, d, d], the vectors in columns.
 
     Returns:
-        As `eigendecomposition`; None where the result is not finite.
+        As `eigendecomposition`; the old vectors where the new ones are not finite.
     """
     turned = factor.left_times(before)
     quotients = (before * turned).sum(-2)
     order = quotients.argsort(-1, descending=True)
     turned = turned.gather(-1, order.unsqueeze(-2).expand_as(turned))
     vectors = torch.linalg.qr(turned)[0]
-    if not bool(vectors.sum().isfinite()):
-        return None
-    return quotients.gather(-1, order).clamp(min=0), vectors
+    fine = vectors.sum((-2, -1), keepdim=True).isfinite()  # decided without waiting for a device
+    values = torch.where(fine.squeeze(-1), quotients.gather(-1, order).clamp(min=0), 0)
+    return values, torch.where(fine, vectors, before)
 
 
 def eigendecomposition(factor: Factor) -> tuple[Tensor, Tensor | None] | None:

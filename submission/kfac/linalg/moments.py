@@ -216,5 +216,6 @@ def border_with_ones(moment: Tensor, row_sum: Tensor, count: Tensor | float) -> 
 
 def append_ones(rows: Tensor, value: Tensor | float = 1.0) -> Tensor:
     """[..., d] -> [..., d + 1] with `value` (broadcast over the rows) as the last column."""
-    column = torch.as_tensor(value, dtype=rows.dtype, device=rows.device)
-    return torch.cat([rows, column.expand(*rows.shape[:-1], 1)], -1)
+    if not isinstance(value, Tensor):
+        value = rows.new_full((), value)
+    return torch.cat([rows, value.to(rows.dtype).expand(*rows.shape[:-1], 1)], -1)

@@ -113,7 +113,7 @@ def _angles(frequencies: int, period: int, length: int) -> Tensor:
 def _transform(frequencies: int, period: int, length: int, like: Tensor) -> Tensor:
     """What real signals are multiplied by, [frequencies, (real, imaginary), length]."""
     angles = _angles(frequencies, period, length)
-    return torch.stack([angles.cos(), -angles.sin()], 1).to(like)
+    return torch.stack([angles.cos(), -angles.sin()], 1).to(like, non_blocking=True)
 
 
 def _complex_transform(period: int, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +125,7 @@ def _complex_transform(period: int, length: int, like: Tensor) -> tuple[Tensor, 
     cosines, sines = angles.cos(), angles.sin()
     from_real = torch.stack([cosines, -sines], 1).flatten(0, 1)
     from_imaginary = torch.stack([sines, cosines], 1).flatten(0, 1)
-    return from_real.to(like), from_imaginary.to(like)
+    return from_real.to(like, non_blocking=True), from_imaginary.to(like, non_blocking=True)
 
 
 def _weights(
@@ -143,4 +143,5 @@ def _weights(
         twice[-1] = 1.0
     weight = twice.repeat_interleave(rows) / (rows * columns)
     angles = 2 * math.pi * turns
-    return (angles.cos() * weight).to(like), (angles.sin() * weight).to(like)
+    cosines, sines = angles.cos() * weight, angles.sin() * weight
+    return cosines.to(like, non_blocking=True), sines.to(like, non_blocking=True)

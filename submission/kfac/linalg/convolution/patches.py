@@ -109,7 +109,7 @@ def patches(x: Tensor, geometry: tuple[DimensionGeometry, ...]) -> Tensor:
     index: list[Tensor] = []
     for i, g in enumerate(geometry):
         size = x.shape[2 + i] - 1
-        source = source_table(g, size).to(x.device)
+        source = source_table(g, size).to(x.device, non_blocking=True)
         shape = [1] * (2 * dims)
         shape[i], shape[dims + i] = source.shape
         index.append(torch.where(source < 0, size, source).reshape(shape))
@@ -181,10 +181,10 @@ def patch_sum(x: Tensor, geometry: tuple[DimensionGeometry, ...], groups: int) -
     n, channels = x.shape[0], x.shape[1] // groups
     offsets = math.prod(g.kernel for g in geometry)
     if offsets * math.prod(x.shape[2:]) <= tuning.MOST_JOINT_COUNTS:
-        counts = joint_read_counts(geometry, x.shape[2:]).to(x)
+        counts = joint_read_counts(geometry, x.shape[2:]).to(x, non_blocking=True)
         x = x.flatten(2).flatten(0, 1) @ counts.mT
     else:
         for i in reversed(range(len(geometry))):
-            counts = read_counts(geometry[i], x.shape[2 + i]).to(x)
+            counts = read_counts(geometry[i], x.shape[2 + i]).to(x, non_blocking=True)
             x = (x.movedim(2 + i, -1) @ counts.mT).movedim(-1, 2 + i)
     return x.reshape(n, groups, channels * offsets).movedim(1, 0)
