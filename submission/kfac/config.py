@@ -118,6 +118,11 @@ class KFACConfig:
         for name in ("mc_samples", "factor_update_steps", "inverse_update_steps", "max_failures"):
             _check_positive_integer(name, getattr(self, name))
         _check_positive_integer("max_factor_side", self.max_factor_side)
+        if self.mc_samples > 1 and self.fisher_type != "mc":
+            raise ValueError(
+                f"mc_samples ({self.mc_samples}) counts sampled labels: fisher_type must be 'mc', "
+                f"not {self.fisher_type!r}"
+            )
         check_damping(self.damping)
         if not 0 <= self.factor_decay < 1:
             raise ValueError(f"factor_decay must be in [0, 1), not {self.factor_decay}")

@@ -98,8 +98,12 @@ class KFAC(Optimizer):
             super().__init__(self.base.param_groups, self.base.defaults)
             self.base.param_groups = self.param_groups
         self._check_groups()
+        self._check_known(self.param_groups)
+
+    def _check_known(self, groups: Iterable[dict[str, Any]]) -> None:
+        """Whether what the groups train is the model's."""
         known = {id(p) for p in self.preconditioner.parameters.values()}
-        trained = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        trained = [p for group in groups for p in group["params"] if p.requires_grad]
         if any(id(p) not in known for p in trained):
             raise ValueError("a parameter group has a parameter that is not one of the model's")
 
@@ -160,10 +164,19 @@ class KFAC(Optimizer):
             torch._foreach_add_(mine, [p.grad for p in mine], alpha=-float(group["lr"]))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds parameters of the model that it got, or that need gradients, since."""
+        """Adds parameters of the model that it got, or that need gradients, since.
+
+        Raises:
+            ValueError: one of them is not the model's; nothing is added then.
+        """
         super().add_param_group(param_group)
-        if hasattr(self, "preconditioner"):
+        if self._checked is not None:  # not while the base class is made
             self.preconditioner.follow_parameters()
+            try:
+                self._check_known(self.param_groups[-1:])
+            except ValueError:
+                self.param_groups.pop()
+                raise
 
     # ---- state --------------------------------------------------------------------------------
 

@@ -292,6 +292,17 @@ def test_a_layer_that_was_replaced_is_not_left_out_without_a_word():
     assert not torch.equal(model[2].weight, before)
 
 
+@pytest.mark.parametrize("base", [None, lambda groups: torch.optim.SGD(groups, lr=0.1)])
+def test_a_group_of_another_models_parameters_is_not_added(base):
+    model = net()
+    optimizer = KFAC(model, base=base)
+    with pytest.raises(ValueError, match="not one of the model's"):
+        optimizer.add_param_group({"params": net()[0].parameters()})
+    assert len(optimizer.param_groups) == 1
+    backward(model, optimizer)
+    optimizer.step()
+
+
 def test_what_belongs_behind_record_says_so():
     model = net()
     optimizer, (x, y) = KFAC(model, lr=0.01), batch()

@@ -429,6 +429,7 @@ def test_too_many_failures_in_a_row_end_training_with_one_message():
         ({"fisher_type": "full"}, "fisher_type must be one of mc, type-2, empirical"),
         ({"factor_decay": 1.0}, r"factor_decay must be in \[0, 1\)"),
         ({"mc_samples": 0}, "mc_samples must be an integer of at least 1"),
+        ({"mc_samples": 4, "fisher_type": "empirical"}, r"mc_samples \(4\) counts sampled labels"),
         ({"factor_update_steps": 10, "inverse_update_steps": 15}, "must be a multiple of"),
     ],
 )
