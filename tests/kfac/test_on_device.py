@@ -19,7 +19,15 @@ from torch import nn
 from torch.func import functional_call, jacrev
 from torch.nn.parallel import DistributedDataParallel
 
-from submission.kfac import KFAC, KFACConfig, Preconditioner, kronecker_factors
+from submission.kfac import (
+    KFAC,
+    KFACConfig,
+    OwnGradients,
+    Positions,
+    Preconditioner,
+    Segments,
+    kronecker_factors,
+)
 from submission.kfac.tuning import INVERSION_PORTIONS
 
 DEVICES = os.environ.get("KFAC_TEST_DEVICES", "").split() or [
@@ -34,11 +42,21 @@ SETTINGS = {
     "adam": {"damping_kind": "exact", "direction": "eigenbasis_adam"},
     "polar": {"damping_kind": "exact", "direction": "eigenbasis_polar", "renewal": "in_turns"},
 }
+OTHERS = [name for name in DEVICES if name != "cpu"]  # which are compared with the CPU
 
 
-@pytest.fixture(params=DEVICES, autouse=True)
-def device(request):
+@pytest.fixture(autouse=True)
+def whole_float32():
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=OTHERS)
+def other(request):
     return torch.device(request.param)
 
 
@@ -85,37 +103,188 @@ def same_weights(found, expected, *, polar=False):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("setting", ["pi", "both", "exact"])
-def test_training_is_that_of_the_cpu(name, setting, device):
+def test_training_is_that_of_the_cpu(name, setting, other):
     config = settings_of(setting, "reduce" if setting == "pi" else "expand")
-    found, _ = train(name, device, config)
+    found, _ = train(name, other, config)
     expected, _ = train(name, torch.device("cpu"), config)
     same_weights(found, expected)
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("setting", ["adam", "polar"])
-def test_training_in_the_same_bases_is_that_of_the_cpu(name, setting, device):
+def test_training_in_the_same_bases_is_that_of_the_cpu(name, setting, other):
     """Eigenvectors of equal eigenvalues, zeros above all, are any: bases are made on the CPU."""
     config = replace(
         settings_of(setting, "reduce"), inverse_update_steps=50, early_updates=False,
         renewal="together",
     )  # fmt: skip
     expected, kfac = train(name, torch.device("cpu"), config, steps=2)
-    found = copy.deepcopy(expected).to(device)
+    found = copy.deepcopy(expected).to(other)
     again = Preconditioner(found, config)
     again.load_state_dict(kfac.state_dict())
-    go_on(name, found, again, device, range(2, 5))
+    go_on(name, found, again, other, range(2, 5))
     go_on(name, expected, kfac, torch.device("cpu"), range(2, 5))
     same_weights(found, expected, polar=setting == "polar")
 
 
+def cross_entropy(sharing=lambda _: None, weight=None):
+    """A recorded pass with a loss that is seen."""
+
+    def run(model, kfac, x, y):
+        with kfac.record(sharing(x.device)):
+            logits = model(x).flatten(0, -2)
+            given = None if weight is None else torch.tensor(weight, device=x.device)
+            loss = F.cross_entropy(logits, y.flatten(), weight=given)
+        loss.backward()
+
+    return run
+
+
+def prefixes(device):
+    lengths = torch.tensor([3, 7, 5, 1, 6])
+    return Positions(mask=(torch.arange(7) < lengths[:, None]).to(device))
+
+
+def graphs(device):
+    return Segments(torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2]).to(device), 3)
+
+
+def masked_bernoulli(model, kfac, x, y):
+    mask = (torch.arange(y.numel()).view_as(y) % 4 > 0).to(x.device)
+    with kfac.record():
+        logits = model(x)
+    losses = F.binary_cross_entropy_with_logits(logits, y, reduction="none")
+    loss = (losses * mask).sum() / mask.sum()
+    kfac.update(logits, "bernoulli", mask=mask, targets=y, loss=loss)
+    loss.backward()
+
+
+def two_losses(model, kfac, x, y):
+    with kfac.record():
+        outputs = model(x)
+        loss = F.cross_entropy(outputs[:3], y[:3]) + 0.3 * F.mse_loss(outputs, outputs.detach() + 1)
+    loss.backward()
+
+
+def distance(model, kfac, x, y):
+    with kfac.record():
+        outputs = model(x)
+    loss = (outputs - y).abs().mean()
+    kfac.update(outputs, OwnGradients(), loss=loss)
+    loss.backward()
+
+
+def ctc(model, kfac, x, y):
+    sizes = torch.full((len(x),), x.shape[1]), torch.full((len(y),), y.shape[1])
+    with kfac.record():
+        loss = F.ctc_loss(model(x).log_softmax(-1).mT.movedim(-1, 0), y, *sizes)
+    loss.backward()
+
+
+def perceptron():
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def convolutions():
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 4, 3, 2),
+        nn.ConvTranspose2d(4, 4, 2, 2), nn.InstanceNorm2d(4, affine=True),
+        nn.Conv2d(4, 6, 3, groups=2, dilation=2), nn.Flatten(), nn.Linear(96, 3),
+    )  # fmt: skip
+
+
+def words():
+    return nn.Sequential(nn.Embedding(9, 5, padding_idx=0), nn.RMSNorm(5), nn.Linear(5, 3))
+
+
+def bag():
+    return nn.Sequential(nn.EmbeddingBag(9, 5, padding_idx=0), nn.Linear(5, 3))
+
+
+def normal(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+REDUCE = {"kfac_approx": "reduce"}
+KINDS = {  # a network, its inputs and targets, a recorded pass, settings
+    "masked tokens": (
+        perceptron, lambda: (normal(5, 7, 4), torch.randint(3, (5, 7))), cross_entropy(prefixes),
+        REDUCE,
+    ),
+    "graphs": (
+        perceptron, lambda: (normal(9, 4), torch.randint(3, (9,))), cross_entropy(graphs), REDUCE,
+    ),
+    "class weights": (
+        perceptron, lambda: (normal(6, 4), torch.randint(3, (6,))),
+        cross_entropy(weight=[1.0, 2.0, 3.0]), {},
+    ),
+    "convolutions": (
+        convolutions, lambda: (normal(5, 3, 9, 9), torch.randint(3, (5,))), cross_entropy(), {},
+    ),
+    "reduced convolutions": (
+        convolutions, lambda: (normal(5, 3, 9, 9), torch.randint(3, (5,))), cross_entropy(), REDUCE,
+    ),
+    "words": (
+        words, lambda: (torch.randint(9, (6, 4)), torch.randint(3, (6, 4))), cross_entropy(),
+        REDUCE,
+    ),
+    "bag of words": (
+        bag, lambda: (torch.randint(9, (6, 4)), torch.randint(3, (6,))), cross_entropy(), {},
+    ),
+    "masked labels": (
+        perceptron, lambda: (normal(6, 4), normal(6, 3).gt(0).double()), masked_bernoulli, {},
+    ),
+    "exact": (
+        perceptron, lambda: (normal(6, 4), normal(6, 3).gt(0).double()), masked_bernoulli,
+        {"fisher_type": "type-2"},
+    ),
+    "two losses": (
+        perceptron, lambda: (normal(6, 4), torch.randint(3, (6,))), two_losses, {},
+    ),
+    "own gradients": (perceptron, lambda: (normal(6, 4), normal(6, 3)), distance, {}),
+    "ctc": (perceptron, lambda: (normal(4, 8, 4), torch.randint(1, 3, (4, 3))), ctc, {}),
+    "corrected eigenvalues": (
+        perceptron, lambda: (normal(5, 7, 4), torch.randint(3, (5, 7))), cross_entropy(),
+        {"damping_kind": "exact", "eigenvalue_correction": True},
+    ),
+    "biases by B": (
+        perceptron, lambda: (normal(6, 4), torch.randint(3, (6,))), cross_entropy(),
+        {"bias": "output", "damping_kind": "both_factors"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_layers_and_losses_train_as_on_the_cpu(kind, other):
+    build, make, run, settings = KINDS[kind]
+    config = KFACConfig(**{
+        "kfac_approx": "expand", "fisher_type": "empirical", "damping": 0.1,
+        "factor_update_steps": 1, "inverse_update_steps": 2, **settings,
+    })  # fmt: skip
+    found = []
+    for where in (other, torch.device("cpu")):
+        torch.manual_seed(0)
+        model = build().double().to(where)
+        kfac = Preconditioner(model, config)
+        data = on(where, *make())
+        for _ in range(4):
+            model.zero_grad()
+            run(model, kfac, *data)
+            kfac.precondition()
+            with torch.no_grad():
+                for p in model.parameters():
+                    p -= 0.01 * p.grad
+        found.append(model)
+    same_weights(*found)
+
+
 @pytest.mark.parametrize("setting", ["adam", "polar"])
-def test_training_with_new_bases_is_that_of_the_cpu(setting, device, monkeypatch):
+def test_training_with_new_bases_is_that_of_the_cpu(setting, other, monkeypatch):
     """Where all eigenvalues differ."""
     small = (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), (4,))
     monkeypatch.setitem(MODELS, "small", small)
     config = settings_of(setting, "reduce")
-    found, _ = train("small", device, config, examples=64)
+    found, _ = train("small", other, config, examples=64)
     expected, _ = train("small", torch.device("cpu"), config, examples=64)
     same_weights(found, expected)
 
@@ -254,20 +423,18 @@ def waits_in(device, step):
 
 @pytest.mark.parametrize("fisher", ["empirical", "mc"])
 @pytest.mark.parametrize("direction", ["preconditioned", "eigenbasis_adam", "eigenbasis_polar"])
-def test_a_step_waits_for_the_device_once_in_an_update_of_the_factors(direction, fisher, device):
+def test_a_step_waits_for_the_device_once_in_an_update_of_the_factors(direction, fisher, other):
     """In which it is looked at whether they are finite."""
-    if device.type == "cpu":
-        pytest.skip("a CPU has nothing to wait for")
     for name in ("attention", "convolutional", "experts"):
         torch.manual_seed(0)
-        model = MODELS[name][0]().float().to(device)
+        model = MODELS[name][0]().float().to(other)
         optimizer = KFAC(
             model, lr=1e-3, direction=direction, fisher_type=fisher, early_updates=False,
             damping_kind="pi" if direction == "preconditioned" else "exact",
             renewal="together" if direction == "preconditioned" else "in_turns",
             factor_update_steps=2, inverse_update_steps=4,
         )  # fmt: skip
-        x, y = on(device, *batch(MODELS[name][1], 0, torch.float32))
+        x, y = on(other, *batch(MODELS[name][1], 0, torch.float32))
 
         def step(model=model, optimizer=optimizer, x=x, y=y):
             optimizer.zero_grad()
@@ -276,7 +443,7 @@ def test_a_step_waits_for_the_device_once_in_an_update_of_the_factors(direction,
             loss.backward()
             optimizer.step()
 
-        waits = [waits_in(device, step) for _ in range(10)][4:]
+        waits = [waits_in(other, step) for _ in range(10)][4:]
         assert waits[1:4] == [0, 1, 0], (name, waits)
         assert waits[5] == 0, (name, waits)
         # Cholesky factors are looked at, too: of a portion of the blocks at once.
