@@ -55,6 +55,7 @@ def _experiment(name: str, *arguments: str) -> tuple[str, ...]:
     return ("-m", "experiments", name, *arguments, "--device", "{device}", "--folder", "{folder}")
 
 
+_BOTH = ("--fisher", "empirical", "mc")
 _TINY = ("--size", "tiny", "--batch-sizes", "4", "--repeats", "1")
 _BATCHES = ("128", "256", "512", "1024", "2048")
 _SMALL_NET = ("--depth", "10", "--width", "1")
@@ -80,14 +81,14 @@ PARTS: tuple[Part, ...] = (
          _benchmark("amortised", "--models", "vit", "--batch-sizes", "128"),
          _benchmark("amortised", "--models", "vit", *_TINY)),
     Part("every_step", "statistics in every step, compiled, and the longest step",
-         _benchmark("every-step", "--models", "vit", "--batch-sizes", "128"),
-         _benchmark("every-step", "--models", "vit", "--eager", *_TINY)),
+         _benchmark("every-step", *_BOTH, "--models", "vit", "--batch-sizes", "128"),
+         _benchmark("every-step", *_BOTH, "--models", "vit", "--eager", *_TINY)),
     Part("every_step_gpt", "the same, nanoGPT at batch 32",
-         _benchmark("every-step", "--models", "gpt", "--batch-sizes", "32"),
-         _benchmark("every-step", "--models", "gpt", "--eager", *_TINY)),
+         _benchmark("every-step", *_BOTH, "--models", "gpt", "--batch-sizes", "32"),
+         _benchmark("every-step", *_BOTH, "--models", "gpt", "--eager", *_TINY)),
     Part("every_step_graph", "the same, ogbg's GraphNetwork at batch 512, not compiled",
-         _benchmark("every-step", "--models", "graph"),
-         _benchmark("every-step", "--models", "graph", "--eager", *_TINY)),
+         _benchmark("every-step", *_BOTH, "--models", "graph"),
+         _benchmark("every-step", *_BOTH, "--models", "graph", "--eager", *_TINY)),
     Part("memory", "peak memory, Wide ResNet at batch 2,048, and peers",
          _benchmark("memory", "--models", "wrn", "--batch-sizes", "2048"),
          _benchmark("memory", "--models", "wrn", "--size", "tiny", "--batch-sizes", "4",
