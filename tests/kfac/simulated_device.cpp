@@ -144,7 +144,8 @@ struct Call {
   }
 };
 
-// What waits for a GPU. Factorisations that look at their errors are among them.
+// What waits for a GPU, as far as it is known here: CUDA was not asked. Factorisations that look at their errors are
+// among them.
 const std::set<std::string> kWaits = {
     "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2", "aten::unique_dim",
     "aten::unique_consecutive", "aten::_linalg_eigh", "aten::_linalg_svd", "aten::_linalg_check_errors", "aten::_linalg_solve_ex",

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import simulated_device
+from torch.utils import cpp_extension
 
 HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not cpp_extension.is_ninja_available(), reason="PyTorch builds it by ninja")
 def test_the_engine_runs_on_a_device_that_is_not_the_cpu():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
